@@ -7,6 +7,7 @@ items. Nothing here knows a framework.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,12 +79,16 @@ class StepRecord:
 
 @dataclass
 class BlockResult:
-    """What ``System.run`` returns for a block: ``work`` in the workload's unit, block-level axis values."""
+    """What ``System.run`` returns for a block: ``work`` in the workload's unit, block-level axis values.
+
+    A value that could not be measured is None, never 0.0; ``reasons`` then says why, by axis name.
+    """
 
     work: float
     values: dict[str, float | None] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,11 @@ class ArmConfig:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the harness tells a workload when it opens an arm."""
+    """What the harness tells a workload when it opens an arm.
+
+    ``seed`` is the config's ``params.seed`` (default 0); ``params`` are the other params, their relative
+    paths resolved against the config file.
+    """
 
     seed: int
     out_dir: Path
@@ -118,6 +127,19 @@ class System(ABC):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes in use by tier (``hbm``, ``dram``, ``disk``)."""
         return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of the opened system for the records, JSON only.
+
+        A language model gives ``model_config`` (the Hugging Face config as a mapping) and, where they differ
+        from it, ``weight_dtype`` and ``kv_dtype``: from these and the StepRecords the report computes bytes,
+        FLOPs and utilisation. Other keys are shown as they are.
+        """
+        return {}
+
+    def clock(self) -> float:
+        """Seconds on the clock by which the harness times ``run``; a simulation has its own."""
+        return time.perf_counter()
 
     def close(self) -> None:
         """Release what ``Workload.open`` acquired."""

@@ -36,8 +36,8 @@ class _DefineOperatorsFirst:
 
         cls.library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in _OPERATORS:
-            cls.library.define(schema)  # type: ignore[attr-defined]
+            cls.library.define(schema)
         return None
 
 
-sys.meta_path.insert(0, _DefineOperatorsFirst)  # type: ignore[arg-type]
+sys.meta_path.insert(0, _DefineOperatorsFirst)

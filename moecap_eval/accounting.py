@@ -1,0 +1,194 @@
+"""Bytes and floating point operations of a forward pass, and how much of the hardware they use.
+
+Utilisations are ratios of sums over passes (MoE-CAP, arXiv 2412.07067, eq. 4-6): bytes (or operations) of
+all passes, divided by the summed durations, divided by the peak. A mean of per-pass ratios would weigh a
+short pass like a long one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from moecap_eval.model_spec import COMPONENTS, Breakdown, LayerSpec, ModelSpec
+from moecap_eval.workload import StepRecord
+
+__all__ = ["Breakdown", "Convention", "mbu", "mfu", "s_mbu", "s_mfu", "step_bytes", "step_flops"]
+
+Convention = Literal["exact", "paper", "loaded"]
+_PAPER_COMPONENTS = frozenset({"attention", "dense_ffn", "routed_experts", "shared_experts"})
+
+
+def step_bytes(spec: ModelSpec, step: StepRecord, *, convention: Convention = "exact") -> Breakdown:
+    """Bytes that one pass has to read, each weight and each cached position once.
+
+    Args:
+        spec: the model.
+        step: the pass.
+        convention: ``"exact"`` counts every weight a row of this pass uses, experts with at least one
+            unpadded token among them. ``"loaded"`` also counts experts that only padding rows use
+            (``experts_loaded``): compare this one with a profiler. ``"paper"`` is eq. 4 of MoE-CAP to the
+            letter: attention, experts and key/value cache, without embedding, norms, router and lm_head.
+
+    A tied embedding is read as lm_head where the pass samples, and by rows otherwise.
+
+    Returns:
+        Bytes by component, ``kv_cache`` included.
+    """
+    parts = {key: sum(layer.weight_bytes[key] for layer in spec.layers) for key in COMPONENTS}
+    parts["norm"] += spec.final_norm_bytes
+    parts["lm_head"] = spec.lm_head_bytes if step.sampled_tokens else 0
+    rows_in_head = spec.tied and step.sampled_tokens > 0
+    parts["embedding"] = 0 if rows_in_head else step.distinct_tokens * spec.embedding_row_bytes
+    counts = step.experts_touched
+    if convention == "loaded" and step.experts_loaded is not None:
+        counts = step.experts_loaded
+    parts["routed_experts"] = sum(
+        _distinct(counts, layer) * layer.expert_bytes for layer in spec.layers if layer.num_experts
+    )
+    parts["kv_cache"] = sum(layer.kv_bytes * _kv_tokens(step, layer) for layer in spec.layers)
+    if convention == "paper":
+        parts = {
+            key: value if key in _PAPER_COMPONENTS or key == "kv_cache" else 0 for key, value in parts.items()
+        }
+    return Breakdown(parts)
+
+
+def step_flops(spec: ModelSpec, step: StepRecord) -> Breakdown:
+    """Matrix-product operations of one pass; a multiply-add counts as two.
+
+    Algorithmic, so independent of the kernel: causal attention counts the pairs it needs and not the
+    square that an eager kernel computes, MLA is not absorbed, and the latent of a cached position is
+    expanded once.
+
+    Returns:
+        Operations by component, ``attention_scores`` included (no embedding, no norm).
+    """
+    parts = {
+        key: 2 * step.tokens * sum(layer.matmul[key] for layer in spec.layers)
+        for key in COMPONENTS
+        if key not in ("embedding", "norm")
+    }
+    parts["routed_experts"] = (
+        2 * step.tokens * sum(layer.top_k * layer.expert_matmul for layer in spec.layers)
+    )
+    parts["lm_head"] = 2 * step.sampled_tokens * spec.vocab_size * spec.hidden_size
+    parts["attention_scores"] = sum(layer.pair_flops * _pairs(step, layer) for layer in spec.layers)
+    return Breakdown(parts)
+
+
+def s_mbu(
+    spec: ModelSpec,
+    steps: Sequence[StepRecord],
+    peak_bytes_per_s: float,
+    *,
+    convention: Convention = "exact",
+) -> float:
+    """Sparse model bandwidth utilisation (eq. 4 and 6), in [0, 1].
+
+    Raises:
+        ValueError: no passes, an invalid pass (its reason is repeated), or a value above 1.
+    """
+    return _utilisation(
+        "S-MBU",
+        "B/s",
+        steps,
+        peak_bytes_per_s,
+        lambda step: step_bytes(spec, step, convention=convention).total,
+    )
+
+
+def mbu(spec: ModelSpec, steps: Sequence[StepRecord], peak_bytes_per_s: float) -> float:
+    """Model bandwidth utilisation as if every expert were read in every pass; equals S-MBU for a dense model.
+
+    It overstates sparse models and may pass 1 for them, so that case is returned, not refused.
+    """
+    return _utilisation(
+        "MBU",
+        "B/s",
+        steps,
+        peak_bytes_per_s,
+        lambda step: step_bytes(spec, _all_experts(spec, step)).total,
+        limit=not spec.moe_layers,
+    )
+
+
+def s_mfu(spec: ModelSpec, steps: Sequence[StepRecord], peak_flops_per_s: float) -> float:
+    """Sparse model FLOPs utilisation (eq. 5), in [0, 1]; errors as ``s_mbu``."""
+    return _utilisation("S-MFU", "FLOP/s", steps, peak_flops_per_s, lambda step: step_flops(spec, step).total)
+
+
+def mfu(spec: ModelSpec, steps: Sequence[StepRecord], peak_flops_per_s: float) -> float:
+    """Model FLOPs utilisation as if every token passed through every expert (dense: S-MFU)."""
+    every_expert = replace(
+        spec, layers=tuple(replace(layer, top_k=layer.num_experts) for layer in spec.layers)
+    )
+    return _utilisation(
+        "MFU",
+        "FLOP/s",
+        steps,
+        peak_flops_per_s,
+        lambda step: step_flops(every_expert, step).total,
+        limit=not spec.moe_layers,
+    )
+
+
+def _utilisation(
+    name: str,
+    unit: str,
+    steps: Iterable[StepRecord],
+    peak: float,
+    amount: Callable[[StepRecord], int],
+    *,
+    limit: bool = True,
+) -> float:
+    if peak <= 0:
+        raise ValueError(f"{name}: the peak must be positive, got {peak:g} {unit}")
+    total, seconds = 0, 0.0
+    for step in steps:
+        if step.invalid is not None:
+            raise ValueError(f"{name} is unknown: a pass is invalid: {step.invalid}")
+        total += amount(step)
+        seconds += step.duration_s
+    if seconds <= 0:
+        raise ValueError(f"{name} is unknown: no passes were recorded")
+    value = total / seconds / peak
+    if limit and value > 1:
+        raise ValueError(
+            f"{name} {value:.3f} > 1: peak {peak:.1e} {unit} is too low or the model fits in the cache"
+        )
+    return value
+
+
+def _all_experts(spec: ModelSpec, step: StepRecord) -> StepRecord:
+    return replace(step, experts_touched={layer.index: layer.num_experts for layer in spec.layers})
+
+
+def _distinct(counts: object, layer: LayerSpec) -> int:
+    count = counts.get(layer.index) if hasattr(counts, "get") else None
+    if count is None:
+        raise ValueError(f"the pass has no expert count for MoE layer {layer.index}")
+    if not 0 <= count <= layer.num_experts:
+        raise ValueError(f"layer {layer.index}: {count} distinct experts of {layer.num_experts}")
+    return int(count)
+
+
+def _kv_tokens(step: StepRecord, layer: LayerSpec) -> int:
+    """Cached positions read in this layer. A window clips each request; only their sum is recorded."""
+    if layer.window is None:
+        return step.kv_tokens_read
+    if step.requests == 1:
+        # The last query sees `window` positions, the first of T new tokens sees the window before it.
+        return min(step.kv_tokens_read, layer.window + step.tokens - 1)
+    return min(step.kv_tokens_read, step.requests * (layer.window - 1) + step.tokens)
+
+
+def _pairs(step: StepRecord, layer: LayerSpec) -> int:
+    """(query, key) pairs in this layer, clipped by its window: exact for one request, else an upper bound."""
+    if layer.window is None:
+        return step.attended_positions
+    if step.requests == 1:
+        first = step.kv_tokens_read - step.tokens
+        return sum(min(first + index + 1, layer.window) for index in range(step.tokens))
+    return min(step.attended_positions, step.tokens * layer.window)

@@ -1,0 +1,1 @@
+"""A small trained mixture-of-experts language model and everything that made it."""

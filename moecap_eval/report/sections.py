@@ -1,0 +1,380 @@
+"""The report's contents as plain values, section by section; the template only lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from moecap_eval.axes import THROUGHPUT, USD_PER_MILLION
+from moecap_eval.comparison import (
+    SINGLE_VALUE,
+    Comparison,
+    Row,
+    arm_value,
+    binary_axes,
+    item_scores,
+    missing_reason,
+)
+from moecap_eval.config import AA_SUFFIX
+from moecap_eval.records import Records
+from moecap_eval.report import figures, radar
+from moecap_eval.report.narrative import improvement, title
+from moecap_eval.report.numbers import change, interval, p_value, quantity
+from moecap_eval.stats import wilson_interval, zone
+from moecap_eval.workload import Axis
+
+BASELINE_STYLE = 0
+KINDS = {"cost": "Cost", "accuracy": "Accuracy", "performance": "Performance"}
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm's line under an axis."""
+
+    arm: str
+    value: str
+    change: str
+    interval: str
+    p_value: str
+    verdict: str
+    mark: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AxisBlock:
+    """One axis of the comparison table."""
+
+    title: str
+    name: str
+    kind: str
+    note: str
+    headline: bool
+    cells: Sequence[Cell]
+
+
+def styles(records: Records, comparison: Comparison) -> dict[str, int]:
+    """Arm -> number of its colour, marker and dash: the baseline 0, the others by their place in the config."""
+    others = [arm for arm in records.arm_names if arm != comparison.baseline]
+    numbers = {comparison.baseline: BASELINE_STYLE} | {arm: i for i, arm in enumerate(others, start=1)}
+    return numbers | {
+        comparison.baseline + AA_SUFFIX: BASELINE_STYLE,
+        records.baseline + AA_SUFFIX: BASELINE_STYLE,
+    }
+
+
+def axis_blocks(records: Records, comparison: Comparison) -> list[AxisBlock]:
+    """The comparison table, headline axes first."""
+    axes = sorted(
+        comparison.axes.values(), key=lambda axis: (not axis.headline, list(KINDS).index(axis.kind))
+    )
+    blocks = []
+    for axis in axes:
+        cells = [_baseline_cell(records, comparison, axis)]
+        cells += [_cell(row, axis) for row in comparison.rows if row.axis == axis.name]
+        if AA_SUFFIX not in comparison.baseline and axis.name in comparison.aa_control:
+            cells.append(_control_cell(comparison, axis))
+        relative = axis.kind != "accuracy"
+        margin = f"±{100 * axis.margin:g} %" if relative else f"±{axis.margin:g}"
+        note = f"{axis.unit}; {axis.better} is better; margin {margin}"
+        blocks.append(AxisBlock(title(axis.name), axis.name, KINDS[axis.kind], note, axis.headline, cells))
+    return blocks
+
+
+def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | None:
+    """Polygons over the headline axes with raw values for the legend; None without three such axes."""
+    axes = [axis for axis in comparison.axes.values() if axis.headline]
+    if not axes:
+        return None
+    numbers = styles(records, comparison)
+    entries, polygons, bars = [], [], []
+    for arm in [comparison.baseline, *comparison.arms]:
+        factors = [_improvement(comparison, arm, axis) for axis in axes]
+        if all(factor is None for factor in factors):
+            continue
+        polygons.append(radar.polygon(arm, numbers[arm], factors))
+        values = [quantity(arm_value(records, arm, axis), _short(axis)) for axis in axes]
+        entries.append({"arm": arm, "style": numbers[arm], "values": values})
+        bars.append({"arm": arm, "style": numbers[arm], "factors": factors})
+    return {
+        "titles": [title(axis.name) for axis in axes],
+        "units": [axis.unit for axis in axes],
+        "spokes": radar.spokes([title(axis.name) for axis in axes]),
+        "rings": radar.ring_radii(),
+        "centre": radar.CENTRE,
+        "polygons": polygons,
+        "entries": entries,
+        "bars": [
+            {
+                "axis": title(axis.name),
+                "items": [
+                    {
+                        "arm": bar["arm"],
+                        "style": bar["style"],
+                        "width": 0.0
+                        if bar["factors"][i] is None
+                        else round(100 * radar.radius(bar["factors"][i]) / radar.RADIUS, 1),
+                        "text": "not measured" if bar["factors"][i] is None else f"{bar['factors'][i]:.2f}×",
+                    }
+                    for bar in bars
+                ],
+            }
+            for i, axis in enumerate(axes)
+        ]
+        if len(axes) < 3
+        else [],
+    }
+
+
+def forest_figures(records: Records, comparison: Comparison) -> list[str]:
+    """The paired effects: ratios turned so that right is better, then accuracy differences."""
+    numbers = styles(records, comparison)
+    groups: dict[str, list[figures.Group]] = {"ratio": [], "difference": []}
+    for axis in comparison.axes.values():
+        if not axis.headline:
+            continue
+        marks = [
+            _mark(row.arm, row.estimate, row.effect, axis, numbers[row.arm])
+            for row in comparison.rows
+            if row.axis == axis.name and row.estimate is not None and row.estimate.low is not None
+        ]
+        effect = "difference" if axis.kind == "accuracy" else "ratio"
+        control = comparison.aa_control.get(axis.name)
+        if control is not None:
+            marks.append(_mark("control (A/A)", control, effect, axis, -1))
+        if marks:
+            low, high = zone(axis, effect)
+            groups[effect].append(figures.Group(title(axis.name), (low, high), marks))
+    drawn = []
+    if groups["ratio"]:
+        drawn.append(
+            figures.forest(
+                groups["ratio"], log=True, label="times better than the baseline (right is better)", none=1.0
+            )
+        )
+    if groups["difference"]:
+        drawn.append(
+            figures.forest(
+                groups["difference"],
+                log=False,
+                label="score minus the baseline's (right is better)",
+                none=0.0,
+            )
+        )
+    return drawn
+
+
+def pareto_figure(records: Records, comparison: Comparison) -> str | None:
+    """Cost against throughput and throughput against accuracy, as far as they are known."""
+    arms = [comparison.baseline, *comparison.arms]
+    accuracy = next((a for a in comparison.axes.values() if a.kind == "accuracy" and a.headline), None)
+    pairs = [(comparison.axes.get(USD_PER_MILLION), comparison.axes.get(THROUGHPUT))]
+    if accuracy is not None:
+        pairs.append((comparison.axes.get(USD_PER_MILLION), accuracy))
+        pairs.append((comparison.axes.get(THROUGHPUT), accuracy))
+    panels = []
+    for x_axis, y_axis in pairs:
+        if x_axis is None or y_axis is None:
+            continue
+        points = {}
+        for arm in arms:
+            x, y = arm_value(records, arm, x_axis), arm_value(records, arm, y_axis)
+            if x is not None and y is not None:
+                points[arm] = (x, y)
+        if len(points) > 1:
+            up = (x_axis.better == "higher", y_axis.better == "higher")
+            panels.append((_label(x_axis), _label(y_axis), *up, points))
+    return figures.pareto(panels[:2], arms) if panels else None
+
+
+def timeline_figure(records: Records, comparison: Comparison) -> str | None:
+    """Speed of each block over time."""
+    series = {}
+    for arm in records.slots:
+        blocks = sorted(records.blocks[arm], key=lambda block: block.started_s)
+        if len(blocks) < 2:
+            continue
+        mean = sum(b.work for b in blocks) / sum(b.wall_s for b in blocks)
+        series[arm] = [(b.started_s / 60, 100 * (b.work / b.wall_s / mean - 1)) for b in blocks]
+    return figures.timeline(series, styles(records, comparison)) if series else None
+
+
+def accuracy_tasks(records: Records, comparison: Comparison) -> list[dict[str, Any]]:
+    """For each 0/1 accuracy axis: score per task and arm with Wilson's interval. The task is the id's first part."""
+    numbers = styles(records, comparison)
+    arms = [arm for arm in (comparison.baseline, *comparison.arms) if records.blocks.get(arm)]
+    confidence = float(records.config["compare"]["confidence"])
+    sections = []
+    for name in binary_axes(records):
+        scores = {arm: item_scores(records, arm, name) for arm in arms}
+        tasks = sorted({_task(item) for own in scores.values() for item in own})
+        rows, marks = [], {}
+        for task in [*tasks, "all tasks"] if len(tasks) > 1 else tasks:
+            cells, dots = [], []
+            for arm in arms:
+                own = [v for item, v in scores[arm].items() if task == "all tasks" or _task(item) == task]
+                if not own:
+                    continue
+                correct = int(sum(own))
+                low, high = wilson_interval(correct, len(own), confidence)
+                share = correct / len(own)
+                dots.append(figures.Mark(arm, share, low, high, numbers[arm]))
+                cells.append(
+                    {
+                        "arm": arm,
+                        "count": f"{correct} of {len(own)}",
+                        "share": f"{share:.3f}",
+                        "interval": f"{low:.3f} to {high:.3f}",
+                    }
+                )
+            rows.append({"task": task, "cells": cells})
+            marks[task] = dots
+        unit = f"{title(name)}: share of items right, with {100 * confidence:g} % Wilson interval"
+        sections.append({"axis": title(name), "rows": rows, "figure": figures.task_dots(marks, arms, unit)})
+    return sections
+
+
+def block_table(records: Records) -> list[dict[str, str]]:
+    """Every block in the order in which it ran."""
+    blocks = sorted(
+        (b for arm in records.slots for b in records.blocks[arm]), key=lambda b: (b.started_s, b.block)
+    )
+    return [
+        {
+            "when": f"{block.started_s:.1f} s",
+            "block": str(block.block + 1),
+            "slot": str(block.slot + 1),
+            "arm": block.arm,
+            "wall": quantity(block.wall_s, "s"),
+            "work": quantity(block.work, records.work_unit),
+            "energy": "not measured"
+            if block.energy_j is None
+            else f"{block.energy_j:.1f} J ({block.energy_source})",
+        }
+        for block in blocks
+    ]
+
+
+def facts(records: Records, comparison: Comparison) -> dict[str, Any]:
+    """What was compared, in numbers."""
+    items = records.num_blocks * records.items_per_block
+    created = datetime.fromtimestamp(records.created_s, tz=UTC)
+    return {
+        "item_count": items,
+        "blocks": records.num_blocks,
+        "items_per_block": records.items_per_block,
+        "left_out": records.left_out,
+        "date": f"{created:%Y-%m-%d %H:%M} UTC",
+        "confidence": f"{100 * float(records.config['compare']['confidence']):g} %",
+        "incomplete": [
+            f"{arm} has {len(records.blocks[arm])} of {records.num_blocks} blocks"
+            for arm in records.slots
+            if len(records.blocks[arm]) < records.num_blocks
+        ],
+        "arms": [
+            {
+                "name": arm,
+                "style": number,
+                "options": _options(records.config["arms"][arm]),
+                "baseline": number == 0,
+            }
+            for arm, number in styles(records, comparison).items()
+            if AA_SUFFIX not in arm
+        ],
+    }
+
+
+def control_sentence(comparison: Comparison) -> str:
+    """How far apart the baseline and itself came out, in words."""
+    estimate = comparison.aa_control.get(THROUGHPUT)
+    if estimate is None:
+        return "The run had no A/A control, so nothing shows how much two runs of the same thing differ here."
+    return (
+        f"Control: {comparison.baseline} was also run against itself. Its throughput differed by "
+        f"{change(estimate.value, 'ratio')} (interval {interval(estimate, 'ratio')}), which is the noise of this machine."
+    )
+
+
+def signature(records: Records) -> str:
+    """One line that says what was measured with what."""
+    packages = (records.environment.get("packages") or {}).items()
+    compare = records.config["compare"]
+    parts = [
+        f"workload {records.workload}",
+        f"config {records.config_digest[:16]}",
+        f"seed {records.config['params'].get('seed', 0)}",
+        f"blocks {records.num_blocks}x{records.items_per_block}",
+        f"baseline {compare['baseline']}",
+        f"confidence {compare['confidence']:g}",
+        f"schema v{1}",
+        *(f"{name} {version}" for name, version in packages),
+        f"commit {records.environment.get('git_commit') or 'unknown'}",
+    ]
+    return " | ".join(parts)
+
+
+def _baseline_cell(records: Records, comparison: Comparison, axis: Axis) -> Cell:
+    value = arm_value(records, comparison.baseline, axis)
+    reason = missing_reason(records, comparison.baseline, axis) if value is None else ""
+    return Cell(comparison.baseline, quantity(value, _short(axis)), "", "", "", "baseline", "", reason)
+
+
+def _control_cell(comparison: Comparison, axis: Axis) -> Cell:
+    estimate = comparison.aa_control[axis.name]
+    effect = "difference" if axis.kind == "accuracy" else "ratio"
+    return Cell(
+        "control (A/A)", "", change(estimate.value, effect), interval(estimate, effect), "", "", "", ""
+    )
+
+
+def _cell(row: Row, axis: Axis) -> Cell:
+    estimate = row.estimate
+    tested = estimate is not None and estimate.low is not None
+    p = None if estimate is None else (estimate.p_value if row.adjusted_p is None else row.adjusted_p)
+    return Cell(
+        arm=row.arm,
+        value=quantity(row.value, _short(axis)),
+        change=change(estimate.value, row.effect) if estimate else "",
+        interval=interval(estimate, row.effect) if estimate else "",
+        p_value=p_value(p) if tested else "",
+        verdict=row.verdict if tested else ("not tested" if estimate else "unknown"),
+        mark=MARKS[row.verdict] if tested else "",
+        reason="" if row.reason in (None, SINGLE_VALUE) else str(row.reason),
+    )
+
+
+def _short(axis: Axis) -> str:
+    """The unit beside a value; the axis's heading has the full one."""
+    if axis.unit.startswith("USD"):
+        return "USD"
+    if axis.unit.endswith("/s") and axis.unit not in {"B/s", "FLOP/s"}:
+        return "/s"
+    return axis.unit if len(axis.unit) <= 6 and axis.unit != "1" else ""
+
+
+def _mark(label: str, estimate: Any, effect: str, axis: Axis, style: int) -> figures.Mark:
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if axis.better == "lower":
+        value, low, high = (1 / value, 1 / high, 1 / low) if effect == "ratio" else (-value, -high, -low)
+    return figures.Mark(label, value, low, high, style)
+
+
+def _improvement(comparison: Comparison, arm: str, axis: Axis) -> float | None:
+    if arm == comparison.baseline:
+        return 1.0
+    return improvement(comparison.row(axis.name, arm), axis)
+
+
+def _label(axis: Axis) -> str:
+    return f"{title(axis.name)}, {axis.unit}"
+
+
+def _task(item: str) -> str:
+    return item.partition("/")[0]
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in options.items()) or "no options"

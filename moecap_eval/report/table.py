@@ -1,0 +1,79 @@
+"""Comparison tables for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from moecap_eval.comparison import Comparison, Row
+from moecap_eval.report.narrative import recommend, tell
+from moecap_eval.report.numbers import change, interval, number, p_value
+
+COLUMNS = ("axis", "arm", "baseline", "value", "unit", "change", "interval", "p", "verdict")
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """The comparison as a rich table; rows with no value at all are left out."""
+    table = Table(title=f"Compared with {comparison.baseline}", header_style="bold", pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in {"baseline", "value", "change", "p"} else "left")
+    last = ""
+    for row in _ordered(comparison):
+        if last and row.axis != last:
+            table.add_section()
+        table.add_row(*_cells(comparison, row, show_axis=row.axis != last))
+        last = row.axis
+    return table
+
+
+def comparison_text(comparison: Comparison, width: int = 140) -> str:
+    """The table and the sentences below it, without colour."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    if comparison.rows:
+        console.print(comparison_table(comparison))
+    for line in summary_lines(comparison):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The table and the sentences below it in Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(_cells(comparison, row))} |" for row in _ordered(comparison)]
+    return "\n".join([*lines, "", *(f"{line}  " for line in summary_lines(comparison))]) + "\n"
+
+
+def summary_lines(comparison: Comparison) -> list[str]:
+    """One sentence an arm, then the recommendation."""
+    lines = [f"{arm}: {tell(comparison, arm).sentence}" for arm in comparison.arms]
+    advice = recommend(comparison)
+    return [*lines, f"{advice.headline}. {advice.reason}", *advice.otherwise]
+
+
+def _ordered(comparison: Comparison) -> list[Row]:
+    rows = [row for row in comparison.rows if row.value is not None or row.estimate is not None]
+    order = list(comparison.axes)
+    return sorted(rows, key=lambda row: order.index(row.axis))
+
+
+def _cells(comparison: Comparison, row: Row, *, show_axis: bool = True) -> list[str]:
+    axis = comparison.axes[row.axis]
+    estimate = row.estimate
+    tested = estimate is not None and estimate.low is not None
+    return [
+        row.axis if show_axis else "",
+        row.arm,
+        number(row.baseline_value),
+        number(row.value),
+        axis.unit,
+        change(estimate.value, row.effect) if estimate else "",
+        interval(estimate, row.effect) if estimate else "",
+        p_value(estimate.p_value if row.adjusted_p is None else row.adjusted_p)
+        if estimate and tested
+        else "",
+        f"{MARKS[row.verdict]} {row.verdict}" if tested else "not tested",
+    ]

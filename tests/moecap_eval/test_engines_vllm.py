@@ -1,0 +1,303 @@
+"""Recording inside unmodified vLLM on the CPU, against a routing that is known beforehand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moecap_eval.accounting import s_mbu, s_mfu
+from moecap_eval.engines import vllm as engine
+from moecap_eval.engines.counters import PassCounters
+from moecap_eval.model_spec import ModelSpec
+from moecap_eval.routing import expected_distinct_experts
+from moecap_eval.workload import StepRecord
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_configs as tiny
+
+EXPERTS, TOP_K, MOE_LAYERS = 8, 2, (0, 2)
+_LINK_CALLS = 0
+
+
+def moved_bytes() -> dict[str, int]:
+    """Stands for a plugin: 7 bytes more at each call."""
+    global _LINK_CALLS
+    _LINK_CALLS += 1
+    return {"dram->hbm": 7 * _LINK_CALLS}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return tiny.save_random_model(tmp_path_factory.mktemp("model"))
+
+
+def sampling(tokens: int):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+
+def generate(llm, prompts: list[str], tokens: int) -> list[tuple[int, ...]]:
+    outputs = llm.generate(prompts, sampling(tokens), use_tqdm=False)
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def round_robin_llm(model_dir: Path) -> Iterator:
+    """Row r of a pass goes to experts 2r and 2r+1 (mod 8)."""
+    from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
+        RoutingSimulator,
+        RoutingStrategy,
+    )
+
+    class RoundRobin(RoutingStrategy):
+        def route_tokens(self, hidden_states, router_logits, top_k, indices_type=None):
+            rows = torch.arange(hidden_states.shape[0])[:, None]
+            ids = (rows * top_k + torch.arange(top_k)) % router_logits.shape[-1]
+            weights = torch.full(ids.shape, 1.0 / top_k, dtype=torch.float32)
+            return weights, ids.to(indices_type or torch.int32)
+
+    RoutingSimulator.register_strategy("moecap_round_robin", RoundRobin())
+    os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "moecap_round_robin"
+    try:
+        llm = engine.open_llm(
+            str(model_dir),
+            moved_bytes=f"{__name__}:moved_bytes",
+            max_model_len=128,
+            max_num_seqs=8,
+            max_num_batched_tokens=32,
+            enable_prefix_caching=False,
+        )
+        yield llm
+    finally:
+        del os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
+    engine.close(llm)
+
+
+@pytest.mark.vllm
+def test_cap08_distinct_experts_of_a_known_routing(round_robin_llm) -> None:
+    engine.drain_steps(round_robin_llm)
+    generate(round_robin_llm, ["abc", "a", "hello"], 4)
+    steps = engine.drain_steps(round_robin_llm)
+    assert [step.tokens for step in steps] == [9, 3, 3, 3]
+    for step in steps:
+        assert step.invalid is None
+        assert step.experts_touched == dict.fromkeys(MOE_LAYERS, min(step.tokens * TOP_K, EXPERTS))
+        assert step.experts_loaded is None
+        assert step.duration_s > 0
+
+
+@pytest.mark.vllm
+def test_cap08_rows_and_positions_of_each_pass(round_robin_llm) -> None:
+    """Prompts of 3 and 1 tokens, three new tokens each; every figure can be counted by hand."""
+    engine.drain_steps(round_robin_llm)
+    outputs = generate(round_robin_llm, ["aab", "b"], 3)
+    prefill, first, second = engine.drain_steps(round_robin_llm)
+    assert (prefill.requests, prefill.sampled_tokens, prefill.distinct_tokens) == (2, 2, 2)
+    assert (prefill.kv_tokens_read, prefill.attended_positions) == (3 + 1, 6 + 1)
+    assert (first.tokens, first.kv_tokens_read, first.attended_positions) == (2, 4 + 2, 4 + 2)
+    assert (second.tokens, second.kv_tokens_read) == (2, 5 + 3)
+    assert first.distinct_tokens == len({tokens[0] for tokens in outputs})
+    assert second.distinct_tokens == len({tokens[1] for tokens in outputs})
+
+
+@pytest.mark.vllm
+def test_cap08_chunked_prefill_covers_the_same_pairs(round_robin_llm) -> None:
+    """A prompt of 70 tokens is cut into passes of at most 32; together they attend 70*71/2 pairs."""
+    engine.drain_steps(round_robin_llm)
+    generate(round_robin_llm, ["x" * 70], 1)
+    steps = engine.drain_steps(round_robin_llm)
+    assert sum(step.tokens for step in steps) == 70
+    assert len(steps) >= 3
+    assert sum(step.attended_positions for step in steps) == 70 * 71 // 2
+    assert steps[-1].kv_tokens_read == 70
+
+
+@pytest.mark.vllm
+def test_cap09_moved_bytes_belong_to_their_pass(round_robin_llm) -> None:
+    engine.drain_steps(round_robin_llm)
+    calls = _LINK_CALLS
+    generate(round_robin_llm, ["abc"], 3)
+    moved = [step.moved_bytes for step in engine.drain_steps(round_robin_llm)]
+    assert moved == [{"dram->hbm": 7 * (calls + index)} for index in (1, 2, 3)]
+
+
+@pytest.mark.vllm
+def test_cap20_routing_is_recorded_on_demand(round_robin_llm) -> None:
+    with pytest.raises(RuntimeError, match=r"call record_routing\(llm\)"):
+        engine.drain_routing(round_robin_llm)
+    engine.record_routing(round_robin_llm, moved_bytes=f"{__name__}:moved_bytes")
+    generate(round_robin_llm, ["abc", "defgh"], 2)
+    trace = engine.drain_routing(round_robin_llm)
+    engine.record_routing(round_robin_llm, False, moved_bytes=f"{__name__}:moved_bytes")
+    assert trace.layer_ids == MOE_LAYERS
+    assert trace.tokens.tolist() == [8, 2]
+    assert (trace.counts[0] == 2).all()
+    assert trace.counts[1].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 2
+
+
+@pytest.mark.vllm
+def test_cap07_utilisation_of_real_passes(round_robin_llm) -> None:
+    spec = engine.model_spec(round_robin_llm)
+    engine.drain_steps(round_robin_llm)
+    generate(round_robin_llm, ["abc"], 8)
+    steps = engine.drain_steps(round_robin_llm)
+    assert 0 < s_mbu(spec, steps, 1e12) < 1
+    assert 0 < s_mfu(spec, steps, 1e13) < 1
+
+
+@pytest.mark.vllm
+def test_memory_is_weights_and_cache(round_robin_llm) -> None:
+    spec = engine.model_spec(round_robin_llm)
+    runner = round_robin_llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    cache_storages = {
+        cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in runner.kv_caches
+    }
+    expected = spec.weight_bytes.total + sum(cache_storages.values())
+    assert engine.memory_bytes(round_robin_llm) == {"dram": expected}
+
+
+@pytest.fixture(scope="module")
+def plain_and_recorded_tokens(model_dir: Path) -> tuple[list, list, list[StepRecord], ModelSpec]:
+    prompts = ["hello world", "a", "abc def ghi", "zzz"]
+    options = {"max_model_len": 128, "max_num_seqs": 8}
+    plain = engine.open_llm(str(model_dir), profile=False, **options)
+    unrecorded = generate(plain, prompts, 12)
+    engine.close(plain)
+    llm = engine.open_llm(str(model_dir), **options)
+    recorded = generate(llm, prompts, 12)
+    steps, spec = engine.drain_steps(llm), engine.model_spec(llm)
+    engine.close(llm)
+    return unrecorded, recorded, steps, spec
+
+
+@pytest.mark.vllm
+def test_cap08_recording_changes_no_token(plain_and_recorded_tokens) -> None:
+    unrecorded, recorded, _, _ = plain_and_recorded_tokens
+    assert recorded == unrecorded
+
+
+@pytest.mark.vllm
+def test_cap08_every_pass_is_whole(plain_and_recorded_tokens) -> None:
+    _, _, steps, spec = plain_and_recorded_tokens
+    assert len(steps) == 12
+    assert spec.moe_layers == MOE_LAYERS
+    for step in steps:
+        assert step.invalid is None
+        for distinct in step.experts_touched.values():
+            assert TOP_K <= distinct <= min(EXPERTS, step.tokens * TOP_K)
+    # Real routing is not uniform: a decode pass of 4 rows touches fewer experts than independence says.
+    assert expected_distinct_experts(EXPERTS, TOP_K, 4) > TOP_K
+
+
+def test_open_llm_refuses_what_recording_excludes(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="worker_cls is set by profiling"):
+        engine.open_llm(str(model_dir), worker_cls="auto")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="enforce_eager=False cannot be profiled on a CPU"):
+            engine.open_llm(str(model_dir), enforce_eager=False)
+
+
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
+
+
+def make_counters(device: torch.device, padded_rows: int = 0) -> PassCounters:
+    return PassCounters(
+        num_layers=2,
+        num_experts=6,
+        top_k=2,
+        max_rows=16,
+        padded_rows=padded_rows,
+        vocab_size=50,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_counters_count_each_pass(device: torch.device) -> None:
+    counters = make_counters(device)
+    generator = torch.Generator().manual_seed(0)
+    expected = []
+    for rows in (5, 1, 16, 3):
+        ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(2 * rows)])
+        tokens = torch.randint(0, 50, (16,), generator=generator)
+        counters.begin()
+        for slot, layer_ids in enumerate(ids.view(2, rows, 2)):
+            half = rows // 2  # two micro-batches
+            counters.capture(slot)(layer_ids[:half].to(device))
+            counters.capture(slot)(layer_ids[half:].to(device))
+        counters.end(rows, tokens.to(device))
+        counts = [np.bincount(layer.ravel(), minlength=6) for layer in ids.view(2, rows, 2).numpy()]
+        expected.append((counts, tokens[:rows].unique().numel()))
+    passes = counters.drain()
+    assert counters.drain() == []
+    for got, (counts, distinct) in zip(passes, expected, strict=True):
+        assert (got.counts == counts).all()
+        assert (got.loaded == (np.array(counts) > 0).sum(axis=1)).all()
+        assert got.distinct_tokens == distinct
+
+
+def test_counters_tell_padding_from_tokens() -> None:
+    counters = make_counters(torch.device("cpu"), padded_rows=4)
+    for _ in range(2):
+        counters.begin()
+        for slot in range(2):
+            counters.capture(slot)(torch.tensor([[0, 1], [2, 3], [4, 5], [4, 5]]))
+        counters.end(2, torch.zeros(16, dtype=torch.long))
+        (got,) = counters.drain()
+        assert got.counts.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
+        assert got.loaded.tolist() == [6, 6]
+        counters.begin()
+        for slot in range(2):
+            counters.capture(slot)(torch.tensor([[0, 1]]))
+        counters.end(1, torch.zeros(16, dtype=torch.long))
+        (got,) = counters.drain()
+        assert got.loaded.tolist() == [2, 2]
+
+
+def test_counters_see_a_layer_that_did_not_run() -> None:
+    counters = make_counters(torch.device("cpu"))
+    counters.capture(0)(torch.tensor([[0, 1]]))  # a dummy run, outside any pass
+    counters.begin()
+    counters.capture(0)(torch.tensor([[2, 3]]))
+    counters.end(1, torch.zeros(16, dtype=torch.long))
+    (got,) = counters.drain()
+    assert got.counts.sum(axis=1).tolist() == [2, 0]
+
+
+def test_counters_of_a_dense_model() -> None:
+    counters = PassCounters(0, 0, 0, max_rows=4, padded_rows=0, vocab_size=9, device=torch.device("cpu"))
+    counters.begin()
+    counters.end(3, torch.tensor([1, 1, 2, 5]))
+    (got,) = counters.drain()
+    assert (got.counts.shape, got.distinct_tokens) == ((0, 0), 2)
+
+
+@pytest.mark.gpu
+def test_counters_inside_a_cuda_graph() -> None:
+    device = torch.device("cuda")
+    counters = make_counters(device, padded_rows=4)
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5], [4, 5]], device=device)
+    graph = torch.cuda.CUDAGraph()
+    captures = [counters.capture(slot) for slot in range(2)]
+    with torch.cuda.graph(graph):
+        for capture in captures:
+            capture(ids)
+    for rows in (1, 2, 3, 4) * 40:  # more passes than the ring holds
+        counters.begin()
+        graph.replay()
+        counters.end(rows, torch.arange(16, device=device))
+    passes = counters.drain()
+    assert len(passes) == 160
+    for index, got in enumerate(passes):
+        rows = index % 4 + 1
+        assert got.counts.sum(axis=1).tolist() == [2 * rows] * 2
+        assert got.loaded.tolist() == [6, 6]
+        assert got.distinct_tokens == rows
+        assert got.duration_s > 0

@@ -1,0 +1,50 @@
+"""Quiver in PyG: neighbour sampling, feature placement and serving (Tan et al., arXiv 2305.10863).
+
+Names are resolved on first use: importing the package needs neither numba nor Triton and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyg_quiver.loader import LinkNeighborLoader, NeighborLoader
+    from pyg_quiver.rng import batch_key
+    from pyg_quiver.sampler import QuiverSampler
+    from pyg_quiver.topology import CSCTopology
+
+__all__ = [
+    "CSCTopology",
+    "LinkNeighborLoader",
+    "NeighborLoader",
+    "QuiverSampler",
+    "batch_key",
+]
+
+_MODULE_OF = {
+    "CSCTopology": "topology",
+    "LinkNeighborLoader": "loader",
+    "NeighborLoader": "loader",
+    "QuiverSampler": "sampler",
+    "batch_key": "rng",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines ``name`` on first use (PEP 562)."""
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "torch_geometric":
+            raise
+        raise ImportError(f"pyg_quiver.{name} needs PyG: pip install graft-plugins[pyg]") from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -42,8 +42,8 @@ class RoutingTrace:
         if wrong.size:
             index, layer = (int(value) for value in wrong[0])
             raise ValueError(
-                f"pass {index}, layer {self.layer_ids[layer]}: {int(counts[index, layer].sum())} routed pairs, "
-                f"expected tokens*k = {int(tokens[index]) * self.top_k}"
+                f"pass {index}, layer {self.layer_ids[layer]}: {int(counts[index, layer].sum())} routed "
+                f"pairs, expected tokens*k = {int(tokens[index]) * self.top_k}"
             )
         object.__setattr__(self, "counts", counts)
         object.__setattr__(self, "tokens", tokens)

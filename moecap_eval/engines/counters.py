@@ -48,6 +48,7 @@ class PassCounters:
 
     def __init__(
         self,
+        *,
         num_layers: int,
         num_experts: int,
         top_k: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,9 +76,9 @@ def _on_cpu() -> bool:
 def _cpu_arguments(engine_args: dict[str, Any], profile: bool) -> dict[str, Any]:
     if profile and engine_args.get("enforce_eager") is False:
         raise ValueError(
-            "enforce_eager=False cannot be profiled on a CPU: the compiler would trace the routing capture away"
+            "enforce_eager=False cannot be profiled on a CPU: the compiler would trace the capture away"
         )
-    defaults = {
+    defaults: dict[str, Any] = {
         "enforce_eager": True,
         "distributed_executor_backend": "uni" if engine_args.get("tensor_parallel_size", 1) == 1 else "mp",
     }
@@ -97,8 +98,8 @@ def _configure(llm: LLM, moved_bytes: str | None, record_routing: bool = False) 
     expected = _moe_layers(llm)
     if expected is not None and not expected <= observed:
         raise RuntimeError(
-            f"model has {len(expected)} MoE layers but {len(expected - observed)} routers could not be observed "
-            f"(vLLM {vllm.__version__}; needs {_SUPPORTED_FROM} or later); set moe_backend: triton"
+            f"model has {len(expected)} MoE layers but {len(expected - observed)} routers could not be "
+            f"observed (vLLM {vllm.__version__}; needs {_SUPPORTED_FROM} or later); set moe_backend: triton"
         )
 
 
@@ -115,18 +116,88 @@ def model_spec(llm: LLM) -> ModelSpec:
     Raises:
         ValueError: a ``model_type`` the accounting does not support.
     """
-    config = llm.llm_engine.vllm_config
-    dtype = str(config.model_config.dtype)
-    cache_dtype = config.cache_config.cache_dtype
+    known = facts(llm)
     return ModelSpec.from_config(
-        config.model_config.hf_text_config.to_dict(),
-        weight_dtype=dtype,
-        kv_dtype=dtype if cache_dtype == "auto" else _cache_dtype(cache_dtype),
+        known["model_config"], weight_dtype=known["weight_dtype"], kv_dtype=known["kv_dtype"]
     )
 
 
 def _cache_dtype(name: str) -> str:
     return "fp8" if name.startswith("fp8") else name
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    ``ttft_s`` runs from the moment the request got its place in the batch to its first token, ``tpot_s`` is
+    the mean time of each further token; both are None where they are not defined or not recorded.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+def generate(
+    llm: LLM,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop: Sequence[Sequence[str]] = (),
+) -> list[Generation]:
+    """Greedy answers to ``prompts``, in their order, at most ``max_num_seqs`` of them at a time.
+
+    Args:
+        llm: an engine of ``open_llm``.
+        prompts: text; the tokenizer adds what it adds (a leading BOS, say).
+        max_new_tokens: for all, or one limit per prompt.
+        stop: strings that end an answer, per prompt; none by default.
+    """
+    from vllm import SamplingParams
+
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    stops = stop or [()] * len(prompts)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=limit, stop=list(words) or None)
+        for limit, words in zip(limits, stops, strict=True)
+    ]
+    outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    return [_generation(output) for output in outputs]
+
+
+def _generation(output: Any) -> Generation:
+    completion, times = output.outputs[0], output.metrics
+    ttft = tpot = None
+    if times is not None and times.first_token_ts:
+        ttft = times.first_token_ts - times.scheduled_ts
+        if len(completion.token_ids) > 1:
+            tpot = (times.last_token_ts - times.first_token_ts) / (len(completion.token_ids) - 1)
+    return Generation(tuple(completion.token_ids), completion.text, ttft, tpot)
+
+
+def facts(llm: LLM) -> dict[str, Any]:
+    """What the records need to know of the engine, as JSON values."""
+    import vllm
+
+    config = llm.llm_engine.vllm_config
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    cache_dtype = config.cache_config.cache_dtype
+    return {
+        "engine": f"vllm {vllm.__version__}",
+        "model_config": _json_values(config.model_config.hf_text_config.to_dict()),
+        "weight_dtype": dtype,
+        "kv_dtype": dtype if cache_dtype == "auto" else _cache_dtype(cache_dtype),
+    }
+
+
+def _json_values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_json_values(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def drain_steps(llm: LLM) -> list[StepRecord]:

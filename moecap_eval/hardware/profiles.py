@@ -64,7 +64,8 @@ class HardwareProfile:
         name = dtype.removeprefix("torch.")
         if name not in self.flops_per_s:
             raise ValueError(
-                f"hardware profile {self.name!r} has no FLOP/s for {name} (it has {', '.join(self.flops_per_s)})"
+                f"hardware profile {self.name!r} has no FLOP/s for {name} "
+                f"(it has {', '.join(self.flops_per_s)})"
             )
         return self.flops_per_s[name].value
 
@@ -85,9 +86,8 @@ class HardwareProfile:
 
 def list_profiles() -> list[str]:
     """Names of the profiles that ship with the harness."""
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml")
-    )
+    names = [entry.name for entry in _FOLDER.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_hardware(name_or_path: str | Path) -> HardwareProfile:

@@ -1,0 +1,1 @@
+"""Adapters, one framework a module; each holds every reference to its framework."""

@@ -1,0 +1,204 @@
+"""Loops that run once a batch: compiled by numba where it is installed, plain Python otherwise."""
+
+# ruff: noqa: PLR0917 (compiled functions take positional arguments)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+try:
+    from numba import njit
+
+    COMPILED = True
+except ImportError:
+    COMPILED = False
+
+    def njit(**_options: Any) -> Callable[[Any], Any]:
+        """Leave the function as it is."""
+        return lambda function: function
+
+
+SLOT_BITS = 31
+GENERATION_BITS = 20
+SLOT_MASK = (1 << SLOT_BITS) - 1
+GENERATION_MASK = (1 << GENERATION_BITS) - 1
+
+
+@njit(cache=True, nogil=True)
+def locate(
+    handles: np.ndarray, shard: int, generation: np.ndarray, live: np.ndarray, slots: np.ndarray
+) -> int:
+    """Write the slot of each int64 handle, -1 where it is stale; return the number of stale ones."""
+    stale = 0
+    for i in range(handles.shape[0]):
+        handle = handles[i]
+        slot = handle & SLOT_MASK
+        current = (
+            handle >= 0
+            and slot < live.shape[0]
+            and (handle >> (SLOT_BITS + GENERATION_BITS)) == shard
+            and live[slot]
+            and ((handle >> SLOT_BITS) & GENERATION_MASK) == generation[slot]
+        )
+        slots[i] = slot if current else -1
+        stale += 0 if current else 1
+    return stale
+
+
+@njit(cache=True, nogil=True)
+def window_segments(
+    slots: np.ndarray,
+    anchors: np.ndarray,
+    start: np.ndarray,
+    length: np.ndarray,
+    extra: int,
+    offset: int,
+    window: int,
+    pad: int,
+    out: np.ndarray,
+) -> None:
+    """Fill ``out`` int64 [4, B]: first row, number of steps, position in the window, first step of each.
+
+    ``extra`` is 1 for a final column, whose trajectories have one row more than they have steps.
+    """
+    for i in range(slots.shape[0]):
+        rows = length[slots[i]] + extra
+        begin = anchors[i] + offset
+        low = min(max(begin, 0), rows)
+        high = min(max(begin + window, 0), rows)
+        steps = max(high - low, 0)
+        out[0, i] = start[slots[i]] + low if steps else 0
+        out[1, i] = steps
+        if pad == 0 or steps == 0:
+            out[2, i] = 0
+        elif pad == 1:
+            out[2, i] = window - steps
+        else:
+            out[2, i] = low - begin
+        out[3, i] = low
+
+
+@njit(cache=True, nogil=True)
+def uniform_anchors(u: np.ndarray, slots: np.ndarray, length: np.ndarray, anchors: np.ndarray) -> None:
+    """A step of each trajectory, uniform: ``floor(u * n)``."""
+    for i in range(slots.shape[0]):
+        steps = length[slots[i]]
+        anchors[i] = min(int(u[i] * steps), steps - 1)
+
+
+@njit(cache=True, nogil=True)
+def make_handles(slots: np.ndarray, generation: np.ndarray, shard: int, handles: np.ndarray) -> None:
+    """Write the int64 handle of each slot."""
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        handles[i] = (
+            (np.int64(shard) << (SLOT_BITS + GENERATION_BITS))
+            | (np.int64(generation[slot]) << SLOT_BITS)
+            | np.int64(slot)
+        )
+
+
+@njit(cache=True, nogil=True)
+def tree_draw(
+    values: np.ndarray, offsets: np.ndarray, fanout: int, u: np.ndarray, index: np.ndarray, weight: np.ndarray
+) -> None:
+    """Inverse of the cumulative sum of the leaves: the smallest i with ``cumsum_i > u * total``.
+
+    A level's children are scanned in order and their sums subtracted; where rounding leaves a remainder
+    past the last child, the last child of positive sum is taken, so a leaf of weight 0 is never drawn.
+    """
+    top = offsets.shape[0] - 1
+    total = values[offsets[top]]
+    for i in range(u.shape[0]):
+        rest = u[i] * total
+        node = 0
+        for level in range(top - 1, -1, -1):
+            base = offsets[level] + node * fanout
+            chosen = 0
+            below = False
+            for child in range(fanout):
+                value = values[base + child]
+                if value > 0.0:
+                    chosen = child
+                    if rest < value:
+                        below = True
+                        break
+                    rest -= value
+            if not below:
+                rest = values[base + chosen]
+            node = node * fanout + chosen
+        index[i] = node
+        weight[i] = values[node]
+
+
+@njit(cache=True, nogil=True)
+def tree_update(
+    values: np.ndarray,
+    minima: np.ndarray,
+    offsets: np.ndarray,
+    fanout: int,
+    index: np.ndarray,
+    weight: np.ndarray,
+) -> None:
+    """Set leaves and recompute the sums and positive minima above them from their children."""
+    for i in range(index.shape[0]):
+        values[index[i]] = weight[i]
+    divisor = 1
+    for level in range(1, offsets.shape[0]):
+        divisor *= fanout
+        previous = -1
+        for i in range(index.shape[0]):
+            node = index[i] // divisor
+            if node == previous:
+                continue
+            previous = node
+            base = offsets[level - 1] + node * fanout
+            total = 0.0
+            smallest = np.inf
+            for child in range(fanout):
+                value = values[base + child]
+                total += value
+                low = minima[base + child - offsets[1]] if level > 1 else value
+                if value > 0.0 and low < smallest:
+                    smallest = low
+            values[offsets[level] + node] = total
+            minima[offsets[level] + node - offsets[1]] = smallest
+
+
+@njit(cache=True, nogil=True)
+def tree_rebuild(values: np.ndarray, minima: np.ndarray, offsets: np.ndarray, fanout: int) -> None:
+    """Recompute every sum and positive minimum, with the same arithmetic as ``tree_update``."""
+    for level in range(1, offsets.shape[0]):
+        stop = offsets[level + 1] if level + 1 < offsets.shape[0] else offsets[level] + 1
+        children_end = offsets[level]
+        for node in range(stop - offsets[level]):
+            base = offsets[level - 1] + node * fanout
+            if base >= children_end:
+                break
+            total = 0.0
+            smallest = np.inf
+            for child in range(fanout):
+                value = values[base + child]
+                total += value
+                low = minima[base + child - offsets[1]] if level > 1 else value
+                if value > 0.0 and low < smallest:
+                    smallest = low
+            values[offsets[level] + node] = total
+            minima[offsets[level] + node - offsets[1]] = smallest
+
+
+@njit(cache=True, nogil=True)
+def first_occurrences(items: np.ndarray, seen: np.ndarray, stamp: int, out: np.ndarray, filled: int) -> int:
+    """Append the items whose ``seen`` is not ``stamp`` to ``out`` until it is full; return its length."""
+    for i in range(items.shape[0]):
+        if filled == out.shape[0]:
+            break
+        item = items[i]
+        if seen[item] != stamp:
+            seen[item] = stamp
+            out[filled] = item
+            filled += 1
+    return filled

@@ -78,7 +78,9 @@ class ArmProcess:
         return reply
 
     def close(self) -> None:
-        """Let the arm release what it holds, then end it."""
+        """Let the arm release what it holds, then end it; nothing happens to one that has ended."""
+        if self._reply_fd < 0:
+            return
         with contextlib.suppress(ArmFailure):
             self.ask({"command": "close"}, CLOSE_TIMEOUT_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -86,15 +88,16 @@ class ArmProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the arm and everything it started, at once."""
+        """End the arm and everything it started, at once; nothing happens to one that has ended."""
+        if self._reply_fd < 0:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         with contextlib.suppress(OSError):
             self._commands.close()
-        if self._reply_fd >= 0:
-            os.close(self._reply_fd)
-            self._reply_fd = -1
+        os.close(self._reply_fd)
+        self._reply_fd = -1
 
     def _read_reply(self, timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s

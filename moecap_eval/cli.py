@@ -1,7 +1,7 @@
 """The command line: ``moecap`` and ``python -m moecap_eval``.
 
-Exit codes: 0 done; 1 an arm failed, a gate tripped or the doctor found something missing; 2 wrong usage, config
-or records; 130 interrupted (run the same command again to go on).
+Exit codes: 0 done; 1 an arm failed, a gate tripped or the doctor found something missing; 2 wrong usage,
+config or records; 130 interrupted (run the same command again to go on).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--export", metavar=("TASK", "DIR"), nargs=2, help="write an lm_eval task as JSONL")
 
     doctor = _command(
-        commands, "doctor", _doctor, "say what this machine can do, and whether a config can run"
+        commands, "doctor", _doctor, "say what this machine can do and whether a config can run"
     )
     doctor.add_argument("config", metavar="CONFIG", nargs="?", type=Path)
 
@@ -145,8 +145,6 @@ def _report(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from moecap_eval import listing
 
-    if arguments.what == "arms" and arguments.config is None:
-        raise ValueError("moecap list arms needs a CONFIG")
     if arguments.what == "tasks" and arguments.export:
         print(listing.export_task(*arguments.export))
         return 0

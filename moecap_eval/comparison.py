@@ -161,8 +161,8 @@ def compare_runs(new: Records, old: Records) -> Comparison:
         old.items_per_block,
     ):
         raise ValueError(
-            f"{new.path} and {old.path} cannot be paired: workload {new.workload} with {new.num_blocks} blocks of "
-            f"{new.items_per_block} items against {old.workload} with {old.num_blocks} of {old.items_per_block}"
+            f"{new.path} and {old.path} cannot be paired: {new.workload} with {new.num_blocks} blocks of "
+            f"{new.items_per_block} items, {old.workload} with {old.num_blocks} of {old.items_per_block}"
         )
     rows: list[Row] = []
     axes = [*new.axes, *_cost_per_correct_axes(new)]
@@ -172,6 +172,11 @@ def compare_runs(new: Records, old: Records) -> Comparison:
         measured = [replace(_measure(pair, axis, "old", "new"), arm=arm) for axis in axes]
         rows += _judged(measured, axes, own)
     return Comparison(str(old.path), rows, {}, {axis.name: axis for axis in axes}, own, dict(new.failures))
+
+
+def effect_of(axis: Axis) -> Effect:
+    """Accuracy is compared by difference, everything else by ratio."""
+    return "difference" if axis.kind == "accuracy" else "ratio"
 
 
 def block_values(records: Records, arm: str, axis: Axis) -> dict[int, float]:
@@ -249,7 +254,7 @@ def missing_reason(records: Records, arm: str, axis: Axis) -> str:
 
 def _measure(records: Records, axis: Axis, baseline: str, arm: str) -> Row:
     """An unjudged row."""
-    effect: Effect = "difference" if axis.kind == "accuracy" else "ratio"
+    effect = effect_of(axis)
     both = {b.block for b in records.blocks.get(baseline, [])} & {
         b.block for b in records.blocks.get(arm, [])
     }

@@ -36,7 +36,7 @@ class CompareConfig(_Section):
 
     ``blocks`` (even) equal blocks of items; ``warm_up`` discarded calls per opened arm; ``margins`` replaces
     the equivalence margin of an axis by name; ``aa_control`` runs the baseline twice per block; without
-    ``keep_alive`` an arm is closed as soon as another one must work; an arm silent for ``timeout_s`` has failed.
+    ``keep_alive`` an arm is closed as soon as another must work; an arm silent for ``timeout_s`` has failed.
     """
 
     baseline: str = ""

@@ -318,7 +318,7 @@ def _read_lines(path: Path, *, torn_end: bool = False) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")
     if lines.pop() and not torn_end:
         raise ValueError(
-            f"{path}: line {len(lines) + 1} is cut off; the run was interrupted there and `moecap run` with the "
+            f"{path}: line {len(lines) + 1} is cut off, the run was interrupted there; `moecap run` with the "
             "same config and folder resumes it"
         )
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]

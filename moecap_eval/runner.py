@@ -1,4 +1,4 @@
-"""Run a configuration: arms in processes of their own, interleaved in balanced blocks, every block recorded."""
+"""Run a configuration: arms in processes of their own, interleaved in balanced blocks, all recorded."""
 
 from __future__ import annotations
 
@@ -196,16 +196,16 @@ class _Run:
         stored = dict(read_records(self.folder).environment)
         if stored:
             return stored
-        self._tell("", "measuring the machine's peaks")
         environment = collect_environment()
         environment["hardware"] = profile_json(self.profile)
         environment["peaks_used"] = self.config.hardware.peaks
-        try:
-            environment["measured_peaks"] = measure_in_subprocess(self._device(), PEAK_SECONDS)
-        except RuntimeError as error:
-            if self.config.hardware.peaks == "measured":
+        environment["measured_peaks"] = None
+        if self.config.hardware.peaks == "measured":
+            self._tell("", "measuring the machine's peaks")
+            try:
+                environment["measured_peaks"] = measure_in_subprocess(self._device(), PEAK_SECONDS)
+            except RuntimeError as error:
                 raise ValueError(f"{error}; set hardware.peaks: spec to use the profile's") from None
-            environment["measured_peaks"] = None
         write_environment(path, environment)
         text = yaml.safe_dump(dict(self.config.content), sort_keys=False, allow_unicode=True)
         (self.folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -249,9 +249,7 @@ class _Run:
                     "limit": self.config.limit,
                     "out_dir": str(self.folder.resolve()),
                     "profile": self.config.hardware.profile,
-                    "peaks": self.environment["measured_peaks"]
-                    if self.config.hardware.peaks == "measured"
-                    else None,
+                    "peaks": self.environment["measured_peaks"],
                     "peaks_date": self.environment["date"],
                 },
                 timeout_s,
@@ -328,6 +326,7 @@ class _Run:
 
     def _fail(self, name: str, block: int, failure: ArmFailure) -> None:
         self.failed.add(name)
+        self.processes.pop(name).kill()
         self.log.append([{"kind": "failure", "arm": name, "block": block, "message": str(failure)}])
         slots = [arm for arm in self.config.slots if _process_of(arm) == name]
         recorded = read_records(self.folder).done()

@@ -250,8 +250,8 @@ def judge(
 
     1. ``noisy``: the A/A control cannot resolve the margin (``is_noisy``).
     2. ``equivalent``: the interval lies inside the equivalence zone.
-    3. ``better`` or ``worse``: the interval excludes no effect and the adjusted p-value, where there is one, is
-       at most 1 - confidence.
+    3. ``better`` or ``worse``: the interval excludes no effect and the adjusted p-value, where there is one,
+       is at most 1 - confidence.
     4. ``inconclusive``: neither, or there is no interval.
     """
     if aa is not None and is_noisy(aa, axis, effect):

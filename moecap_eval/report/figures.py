@@ -1,4 +1,4 @@
-"""Figures as inline SVG, by matplotlib. Colours are CSS variables, so that a page's dark mode and print apply.
+"""Figures as inline SVG, by matplotlib. Colours are CSS variables, so that dark mode and print apply.
 
 Every series has a colour, a marker and a line style of its own; nothing is told by colour alone.
 """
@@ -34,7 +34,7 @@ WIDTH_IN = 5.6
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 10.5,
+    "font.size": 12,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.linewidth": 0.8,
@@ -75,7 +75,7 @@ def forest(groups: Sequence[Group], *, log: bool, label: str, none: float) -> st
     """Intervals against the line of no effect; on a log scale for ratios."""
     lines = sum(len(group.marks) + 1 for group in groups)
     with mpl.rc_context(_STYLE):
-        figure = _figure(0.95 + 0.29 * lines)
+        figure = _figure(0.95 + 0.3 * lines)
         axes = figure.add_subplot()
         y = 0.0
         for group in groups:
@@ -136,6 +136,7 @@ def pareto(
             axes.set_xlabel(f"{x_label}  ({'right' if x_up else 'left'} is better)")
             axes.set_ylabel(y_label)
             axes.margins(0.16)
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
             axes.grid()
             axes.set_axisbelow(True)
             axes.ticklabel_format(axis="both", useOffset=False, style="plain")
@@ -155,14 +156,14 @@ def pareto_front(points: Mapping[str, tuple[float, float]], *, x_up: bool, y_up:
 
 
 def timeline(series: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, int]) -> str:
-    """Speed of each block against the arm's own mean, over time: a drift or a hiccup shows as a slope or a step.
+    """Speed of each block against the arm's own mean, over time: drift shows as a slope, a hiccup as a spike.
 
     Args:
         series: arm -> (minutes since the start, speed relative to the arm's mean in per cent), in time order.
         styles: arm -> place in the config; the A/A slot has the baseline's style, drawn hollow.
     """
     with mpl.rc_context(_STYLE):
-        figure = _figure(3.3)
+        figure = _figure(3.6)
         axes = figure.add_subplot()
         axes.axhline(0, color=MUTED, linewidth=1)
         for arm, points in series.items():
@@ -179,8 +180,9 @@ def timeline(series: Mapping[str, Sequence[tuple[float, float]]], styles: Mappin
                 linewidth=1.2,
                 label=arm.replace("#aa", " (control)"),
             )
-        axes.set_xlabel("minutes since the start of the run")
-        axes.set_ylabel("speed against own mean, %")
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
+        axes.set_xlabel("minutes since the first block")
+        axes.set_ylabel("speed, % from own mean")
         axes.grid()
         axes.set_axisbelow(True)
         _legend(figure, axes, len(series))
@@ -248,7 +250,7 @@ def _scale_x(axes: Any, bounds: Sequence[float], *, log: bool, none: float) -> N
     axes.set_xlim(low / 1.12, high * 1.12)
     choices = (
         [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32, 64],
-        [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 1.8, 2],
+        [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2],
         [0.9, 0.95, 1, 1.05, 1.1],
     )
     for ticks in choices:
@@ -263,7 +265,7 @@ def _legend(figure: Figure, axes: Any, entries: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if entries > 1:
         longest = max(len(label) for label in labels)
-        columns = max(1, min(entries, 48 // (longest + 5)))
+        columns = max(1, min(entries, 42 // (longest + 5)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6)
 
 

@@ -69,7 +69,9 @@ def cost_sheet(records: Records, comparison: Comparison) -> dict[str, Any]:
 
 def utilisation_tables(records: Records, comparison: Comparison) -> dict[str, Any]:
     """Shares of the peaks, bytes by component and bytes moved per link; empty without recorded passes."""
-    shares, components, links = [], [], []
+    shares: list[dict[str, Any]] = []
+    components: list[dict[str, Any]] = []
+    links: list[dict[str, str]] = []
     names: list[str] = []
     for arm in (comparison.baseline, *comparison.arms):
         found = utilisation(records, arm)
@@ -157,7 +159,7 @@ def peak_rows(records: Records) -> list[dict[str, str]]:
     """Stated and measured peaks side by side."""
     profile = records.environment.get("hardware") or {}
     measured = records.environment.get("measured_peaks") or {}
-    rows = []
+    rows: list[dict[str, str]] = []
     for tier, data in (profile.get("tiers") or {}).items():
         rows.append(
             {

@@ -8,7 +8,7 @@ from typing import Literal
 
 from moecap_eval.axes import FAST_MEMORY, STARTUP, THROUGHPUT, USD_PER_MILLION, USD_PER_THOUSAND_CORRECT
 from moecap_eval.comparison import Comparison, Row
-from moecap_eval.report.numbers import number
+from moecap_eval.report.numbers import change
 from moecap_eval.stats import zone
 from moecap_eval.workload import Axis
 
@@ -78,8 +78,8 @@ def tell(comparison: Comparison, arm: str) -> ArmStory:
             same.append(title(row.axis))
         elif side == "unclear" and axis.headline:
             unclear.append(_phrase(row, axis) if row.estimate else f"{title(row.axis)} (not measured)")
-    outcome = _outcome(comparison, arm, bool(gains), bool(losses), bool(same), bool(unclear))
-    sentence = _sentence(comparison, arm, outcome, gains, losses, same, unclear)
+    outcome = _outcome(comparison, arm, gains=gains, losses=losses, same=same, unclear=unclear)
+    sentence = _sentence(comparison, arm, outcome, gains=gains, losses=losses, same=same, unclear=unclear)
     return ArmStory(
         arm,
         outcome,
@@ -114,7 +114,8 @@ def recommend(comparison: Comparison) -> Recommendation:
         best = winners[0]
         held = f"; {_join(best.same)} stays the same within the margin" if best.same else ""
         open_points = f" Not settled: {_join(best.unclear)}." if best.unclear else ""
-        reason = f"Against {baseline} it has {_join(best.gains)}{held}, and nothing measured got worse.{open_points}"
+        gained = f"Against {baseline} it has {_join(best.gains)}{held}"
+        reason = f"{gained}, and nothing measured got worse.{open_points}"
         return Recommendation(best.arm, f"Choose {best.arm}", reason, tips)
     if all(story.outcome in {"unclear", "failed"} for story in stories):
         reason = "No arm was shown to differ from it. More blocks or items would narrow the intervals."
@@ -146,7 +147,7 @@ def improvement(row: Row, axis: Axis) -> float | None:
 
 
 def beyond_noise(row: Row, axis: Axis, comparison: Comparison) -> bool:
-    """Whether an effect judged noisy is nevertheless clear of the margin and of the A/A control's interval."""
+    """Whether an effect judged noisy still is clear of the margin and of the A/A control's interval."""
     control, estimate = comparison.aa_control.get(row.axis), row.estimate
     if row.verdict != "noisy" or estimate is None or control is None:
         return False
@@ -190,11 +191,17 @@ def _phrase(row: Row, axis: Axis) -> str:
         return f"{abs(value):.3f} {'higher' if value > 0 else 'lower'} {name}{noisy}"
     if 0.5 < value < 2:
         return f"{100 * abs(value - 1):.1f}\u00a0% {'higher' if value > 1 else 'lower'} {name}{noisy}"
-    return f"{number(value)}× the {name}{noisy}"
+    return f"{change(value, row.effect)} the {name}{noisy}"
 
 
 def _outcome(
-    comparison: Comparison, arm: str, gains: bool, losses: bool, same: bool, unclear: bool
+    comparison: Comparison,
+    arm: str,
+    *,
+    gains: list[str],
+    losses: list[str],
+    same: list[str],
+    unclear: list[str],
 ) -> Outcome:
     if arm in comparison.failures and not any(row.estimate for row in comparison.of_arm(arm)):
         return "failed"
@@ -209,6 +216,7 @@ def _sentence(
     comparison: Comparison,
     arm: str,
     outcome: Outcome,
+    *,
     gains: list[str],
     losses: list[str],
     same: list[str],

@@ -55,7 +55,7 @@ def change(value: float, effect: Effect, *, like: float | None = None) -> str:
     reference = value if like is None else like
     if 0.5 < reference < 2:
         return f"{signed(100 * (value - 1), 1)}\u00a0%"
-    return f"{number(value)}×"
+    return f"{value:.2f}×" if value < 10 else f"{number(value)}×"
 
 
 def signed(value: float, digits: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RADIUS = 120.0
-CENTRE = (200.0, 172.0)
+CENTRE = (220.0, 172.0)
 LABEL_CHARACTERS = 12
 LINE_HEIGHT = 15.0
 RINGS = (
@@ -35,6 +35,16 @@ class Spoke:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """A circle of equal improvement and where its label stands."""
+
+    radius: float
+    label: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
 class Polygon:
     """An arm's outline. ``clipped`` are vertices beyond 8x, drawn on the rim or the centre and marked."""
 
@@ -50,7 +60,7 @@ class Polygon:
 
 
 def radius(improvement: float) -> float:
-    """R * (1/2 + log2(improvement) / 6), within [0, R]: middle ring baseline, rim 8x better, centre 8x worse."""
+    """R * (1/2 + log2(improvement) / 6), within [0, R]: middle ring baseline, rim 8x better."""
     return RADIUS * min(1.0, max(0.0, 0.5 + math.log2(improvement) / 6))
 
 
@@ -81,11 +91,16 @@ def polygon(arm: str, style: int, improvements: Sequence[float | None]) -> Polyg
     return Polygon(arm, style, tuple(points), tuple(clipped))
 
 
-def ring_radii() -> list[tuple[float, str]]:
-    """Radius and label of each ring but the centre."""
-    return [(radius(level), label) for level, label in RINGS if radius(level) > 0]
+def rings(count: int) -> list[Ring]:
+    """The rings but the centre, labelled midway between the first two of ``count`` spokes."""
+    drawn = []
+    for level, label in RINGS:
+        size = radius(level)
+        if size > 0:
+            drawn.append(Ring(size, label, *_at(0.5, count, size)))
+    return drawn
 
 
-def _at(index: int, count: int, distance: float) -> tuple[float, float]:
+def _at(index: float, count: int, distance: float) -> tuple[float, float]:
     angle = 2 * math.pi * index / count
     return CENTRE[0] + distance * math.sin(angle), CENTRE[1] - distance * math.cos(angle)

@@ -14,6 +14,7 @@ from moecap_eval.comparison import (
     Row,
     arm_value,
     binary_axes,
+    effect_of,
     item_scores,
     missing_reason,
 )
@@ -21,11 +22,12 @@ from moecap_eval.config import AA_SUFFIX
 from moecap_eval.records import Records
 from moecap_eval.report import figures, radar
 from moecap_eval.report.narrative import improvement, title
-from moecap_eval.report.numbers import change, interval, p_value, quantity
-from moecap_eval.stats import wilson_interval, zone
+from moecap_eval.report.numbers import UNKNOWN, change, interval, p_value, quantity
+from moecap_eval.stats import Effect, Estimate, wilson_interval, zone
 from moecap_eval.workload import Axis
 
 BASELINE_STYLE = 0
+CONTROL = "control (A/A)"
 KINDS = {"cost": "Cost", "accuracy": "Accuracy", "performance": "Performance"}
 MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
 
@@ -53,11 +55,12 @@ class AxisBlock:
     kind: str
     note: str
     headline: bool
+    unknown: str
     cells: Sequence[Cell]
 
 
 def styles(records: Records, comparison: Comparison) -> dict[str, int]:
-    """Arm -> number of its colour, marker and dash: the baseline 0, the others by their place in the config."""
+    """Arm -> number of its colour, marker and dash: the baseline 0, the others as in the config."""
     others = [arm for arm in records.arm_names if arm != comparison.baseline]
     numbers = {comparison.baseline: BASELINE_STYLE} | {arm: i for i, arm in enumerate(others, start=1)}
     return numbers | {
@@ -78,9 +81,21 @@ def axis_blocks(records: Records, comparison: Comparison) -> list[AxisBlock]:
         if AA_SUFFIX not in comparison.baseline and axis.name in comparison.aa_control:
             cells.append(_control_cell(comparison, axis))
         relative = axis.kind != "accuracy"
-        margin = f"±{100 * axis.margin:g} %" if relative else f"±{axis.margin:g}"
+        margin = f"±{100 * axis.margin:g}\u00a0%" if relative else f"±{axis.margin:g}"
         note = f"{axis.unit}; {axis.better} is better; margin {margin}"
-        blocks.append(AxisBlock(title(axis.name), axis.name, KINDS[axis.kind], note, axis.headline, cells))
+        reasons = {cell.reason for cell in cells if cell.verdict}
+        nowhere = all(cell.value == UNKNOWN for cell in cells) and len(reasons) == 1
+        blocks.append(
+            AxisBlock(
+                title(axis.name),
+                axis.name,
+                KINDS[axis.kind],
+                note,
+                axis.headline,
+                reasons.pop() if nowhere else "",
+                [] if nowhere else cells,
+            )
+        )
     return blocks
 
 
@@ -90,39 +105,30 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
     if not axes:
         return None
     numbers = styles(records, comparison)
-    entries, polygons, bars = [], [], []
-    for arm in [comparison.baseline, *comparison.arms]:
-        factors = [_improvement(comparison, arm, axis) for axis in axes]
-        if all(factor is None for factor in factors):
-            continue
-        polygons.append(radar.polygon(arm, numbers[arm], factors))
-        values = [quantity(arm_value(records, arm, axis), _short(axis)) for axis in axes]
-        entries.append({"arm": arm, "style": numbers[arm], "values": values})
-        bars.append({"arm": arm, "style": numbers[arm], "factors": factors})
+    factors = {
+        arm: [_improvement(comparison, arm, axis) for axis in axes]
+        for arm in (comparison.baseline, *comparison.arms)
+    }
+    arms = [arm for arm, own in factors.items() if any(factor is not None for factor in own)]
+    titles = [title(axis.name) for axis in axes]
     return {
-        "titles": [title(axis.name) for axis in axes],
+        "titles": titles,
         "units": [axis.unit for axis in axes],
-        "spokes": radar.spokes([title(axis.name) for axis in axes]),
-        "rings": radar.ring_radii(),
+        "spokes": radar.spokes(titles),
+        "rings": radar.rings(len(axes)),
         "centre": radar.CENTRE,
-        "polygons": polygons,
-        "entries": entries,
-        "bars": [
+        "polygons": [radar.polygon(arm, numbers[arm], factors[arm]) for arm in arms],
+        "entries": [
             {
-                "axis": title(axis.name),
-                "items": [
-                    {
-                        "arm": bar["arm"],
-                        "style": bar["style"],
-                        "width": 0.0
-                        if bar["factors"][i] is None
-                        else round(100 * radar.radius(bar["factors"][i]) / radar.RADIUS, 1),
-                        "text": "not measured" if bar["factors"][i] is None else f"{bar['factors'][i]:.2f}×",
-                    }
-                    for bar in bars
-                ],
+                "arm": arm,
+                "style": numbers[arm],
+                "values": [quantity(arm_value(records, arm, axis), _short(axis)) for axis in axes],
             }
-            for i, axis in enumerate(axes)
+            for arm in arms
+        ],
+        "bars": [
+            {"axis": name, "items": [_bar(arm, factors[arm][place]) for arm in arms]}
+            for place, name in enumerate(titles)
         ]
         if len(axes) < 3
         else [],
@@ -141,10 +147,10 @@ def forest_figures(records: Records, comparison: Comparison) -> list[str]:
             for row in comparison.rows
             if row.axis == axis.name and row.estimate is not None and row.estimate.low is not None
         ]
-        effect = "difference" if axis.kind == "accuracy" else "ratio"
+        effect = effect_of(axis)
         control = comparison.aa_control.get(axis.name)
         if control is not None:
-            marks.append(_mark("control (A/A)", control, effect, axis, -1))
+            marks.append(_mark(CONTROL, control, effect, axis, -1))
         if marks:
             low, high = zone(axis, effect)
             groups[effect].append(figures.Group(title(axis.name), (low, high), marks))
@@ -193,17 +199,18 @@ def pareto_figure(records: Records, comparison: Comparison) -> str | None:
 def timeline_figure(records: Records, comparison: Comparison) -> str | None:
     """Speed of each block over time."""
     series = {}
+    begin_s = min((block.started_s for arm in records.slots for block in records.blocks[arm]), default=0.0)
     for arm in records.slots:
         blocks = sorted(records.blocks[arm], key=lambda block: block.started_s)
         if len(blocks) < 2:
             continue
         mean = sum(b.work for b in blocks) / sum(b.wall_s for b in blocks)
-        series[arm] = [(b.started_s / 60, 100 * (b.work / b.wall_s / mean - 1)) for b in blocks]
+        series[arm] = [((b.started_s - begin_s) / 60, 100 * (b.work / b.wall_s / mean - 1)) for b in blocks]
     return figures.timeline(series, styles(records, comparison)) if series else None
 
 
 def accuracy_tasks(records: Records, comparison: Comparison) -> list[dict[str, Any]]:
-    """For each 0/1 accuracy axis: score per task and arm with Wilson's interval. The task is the id's first part."""
+    """For each 0/1 accuracy axis: score per task (an id's first part) and arm, with Wilson's interval."""
     numbers = styles(records, comparison)
     arms = [arm for arm in (comparison.baseline, *comparison.arms) if records.blocks.get(arm)]
     confidence = float(records.config["compare"]["confidence"])
@@ -292,9 +299,10 @@ def control_sentence(comparison: Comparison) -> str:
     estimate = comparison.aa_control.get(THROUGHPUT)
     if estimate is None:
         return "The run had no A/A control, so nothing shows how much two runs of the same thing differ here."
+    found = f"{change(estimate.value, 'ratio')} (interval {interval(estimate, 'ratio')})"
     return (
-        f"Control: {comparison.baseline} was also run against itself. Its throughput differed by "
-        f"{change(estimate.value, 'ratio')} (interval {interval(estimate, 'ratio')}), which is the noise of this machine."
+        f"Control: {comparison.baseline} was also run against itself. Its throughput differed by {found}: "
+        "the noise of this machine."
     )
 
 
@@ -324,10 +332,8 @@ def _baseline_cell(records: Records, comparison: Comparison, axis: Axis) -> Cell
 
 def _control_cell(comparison: Comparison, axis: Axis) -> Cell:
     estimate = comparison.aa_control[axis.name]
-    effect = "difference" if axis.kind == "accuracy" else "ratio"
-    return Cell(
-        "control (A/A)", "", change(estimate.value, effect), interval(estimate, effect), "", "", "", ""
-    )
+    effect = effect_of(axis)
+    return Cell(CONTROL, "", change(estimate.value, effect), interval(estimate, effect), "", "", "", "")
 
 
 def _cell(row: Row, axis: Axis) -> Cell:
@@ -355,11 +361,24 @@ def _short(axis: Axis) -> str:
     return axis.unit if len(axis.unit) <= 6 and axis.unit != "1" else ""
 
 
-def _mark(label: str, estimate: Any, effect: str, axis: Axis, style: int) -> figures.Mark:
-    value, low, high = estimate.value, estimate.low, estimate.high
+def _mark(label: str, estimate: Estimate, effect: Effect, axis: Axis, style: int) -> figures.Mark:
+    """A line of the forest plot, turned so that right is better."""
+    value = estimate.value
+    low, high = (value if bound is None else bound for bound in (estimate.low, estimate.high))
     if axis.better == "lower":
         value, low, high = (1 / value, 1 / high, 1 / low) if effect == "ratio" else (-value, -high, -low)
     return figures.Mark(label, value, low, high, style)
+
+
+def _bar(arm: str, factor: float | None) -> dict[str, Any]:
+    """A bar for reports with too few axes for a radar; its middle is the baseline."""
+    if factor is None:
+        return {"arm": arm, "width": 0.0, "text": UNKNOWN}
+    return {
+        "arm": arm,
+        "width": round(100 * radar.radius(factor) / radar.RADIUS, 1),
+        "text": f"{factor:.2f}×",
+    }
 
 
 def _improvement(comparison: Comparison, arm: str, axis: Axis) -> float | None:

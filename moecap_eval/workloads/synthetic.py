@@ -29,9 +29,9 @@ class SyntheticOptions:
     """Effects of an arm.
 
     ``slowdown`` multiplies the time of every item, ``accuracy`` is the share of right answers, ``noise`` and
-    ``latency_noise`` are the standard deviations of the log time of a block and of an item, ``memory_gib`` the
-    memory used, ``sleep_s`` really passes per block; ``fail_in_block`` (counted per process, from 0) raises,
-    ``kill_in_block`` kills the process, ``hang_in_block`` never answers.
+    ``latency_noise`` are the standard deviations of the log time of a block and of an item, ``memory_gib`` is
+    the memory used, ``sleep_s`` really passes per block; ``fail_in_block`` (counted per process, from 0)
+    raises, ``kill_in_block`` kills the process, ``hang_in_block`` never answers.
     """
 
     slowdown: float = 1.0
@@ -52,7 +52,7 @@ class SyntheticWorkload(Workload):
     name: ClassVar[str] = "synthetic"
     work_unit: ClassVar[str] = "token"
     axes: ClassVar[tuple[Axis, ...]] = (
-        Axis("correct", "accuracy", "share of items", "higher", level="item", margin=0.05, headline=True),
+        Axis("exact_match", "accuracy", "share of items", "higher", level="item", margin=0.05, headline=True),
         Axis("latency_s", "performance", "s", "lower", level="item", margin=0.05, headline=True),
         Axis("unknown", "performance", "1", "higher"),
     )
@@ -126,7 +126,7 @@ class SyntheticSystem(System):
             samples.append(
                 Sample(
                     item.id,
-                    {"correct": float(right), "latency_s": latency_s},
+                    {"exact_match": float(right), "latency_s": latency_s},
                     digest=hashlib.sha256(f"{item.id} {right}".encode()).hexdigest(),
                     detail={"prompt": item.id, "target": "right", "output": "right" if right else "wrong"},
                 )

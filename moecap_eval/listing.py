@@ -1,0 +1,56 @@
+"""What there is to choose from: workloads, tasks, hardware profiles, a config's arms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moecap_eval.registry import list_workloads, load_workload
+
+
+def workloads(config: Path | None = None) -> Iterator[str]:
+    """Name, work unit and axes of every registered workload."""
+    found = list_workloads()
+    if not found:
+        yield "no workload is registered: install a plugin of graft-plugins"
+    for name, entry in found.items():
+        try:
+            workload = load_workload(name)
+        except ValueError as error:
+            yield f"{name}  (cannot be loaded: {error})"
+            continue
+        axes = ", ".join(axis.name for axis in workload.axes)
+        yield f"{name}  work in {workload.work_unit}; axes: {axes}  [{entry.value}]"
+
+
+def arms(config: Path | None) -> Iterator[str]:
+    """The arms of a config with their options, the baseline marked."""
+    from moecap_eval.config import load_config
+
+    if config is None:
+        raise ValueError("moecap list arms needs a CONFIG")
+    loaded = load_config(config)
+    for arm in loaded.arms:
+        mark = " (baseline)" if arm.name == loaded.compare.baseline else ""
+        yield f"{arm.name}{mark}  {json.dumps(dict(arm.options))}"
+
+
+def hardware(config: Path | None = None) -> Iterator[str]:
+    """Every hardware profile with bandwidth and source of its fastest memory."""
+    from moecap_eval.hardware import list_profiles, load_hardware
+
+    for name in list_profiles():
+        profile = load_hardware(name)
+        tier = profile.tiers[profile.fast_tier]
+        yield (
+            f"{name}  {profile.fast_tier} {tier.bytes / 2**30:.1f} GiB at {tier.bytes_per_s / 1e9:g} GB/s "
+            f"({tier.source}, {tier.date})"
+        )
+
+
+LISTS: dict[str, Callable[[Path | None], Iterator[str]]] = {
+    "workloads": workloads,
+    "hardware": hardware,
+    "arms": arms,
+}

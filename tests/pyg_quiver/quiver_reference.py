@@ -58,3 +58,34 @@ def random_edges(nodes: int, edges: int, seed: int, sources: int | None = None) 
     target = (torch.rand(edges, generator=generator) ** 3 * nodes).long()
     source = torch.randint(0, sources or nodes, (edges,), generator=generator)
     return torch.stack([source, target])
+
+
+def check_backend(sample_fn, device: str) -> int:
+    """Compare a backend with :func:`sample` on cases that reach every branch; returns their number."""
+    from pyg_quiver import CSCTopology
+    from pyg_quiver.backends.contract import Draws, Frontier, Graph
+
+    cases = 0
+    one_group = [[2], [3, 2], [-1, 2], [0, 3], [5, 4, 3], [60], [7, 7], [1, 1, 1, 1]]
+    for dtype in (torch.int32, torch.int64):
+        topology = CSCTopology.from_edge_index(random_edges(40, 300, 1), 40, index_dtype=dtype)
+        graph = Graph(topology.colptr.to(device), topology.row.to(device), 40)
+        for replace in (False, True):
+            for keys, groups in [((12345,), [0] * 7), ((3, 2**63 + 1, 3), [0, 0, 1, 1, 1, 2, 2])]:
+                for fanouts in one_group if len(keys) == 1 else one_group[:5]:
+                    seeds = torch.tensor([3, 0, 39, 3, 17, 1, 0])
+                    frontier = Frontier(seeds.to(device), torch.tensor(groups).to(device))
+                    draws = Draws(rng.streams_tensor(7, list(keys)).to(device), replace=replace)
+                    out = sample_fn(graph, frontier, fanouts, draws)
+                    streams = [rng.stream(7, key) for key in keys]
+                    expected = sample(
+                        topology.colptr.tolist(), topology.row.tolist(), seeds.tolist(), groups, streams,
+                        fanouts, replace,
+                    )  # fmt: skip
+                    got = [
+                        out.node.tolist(), out.row.tolist(), out.col.tolist(), out.edge.tolist(),
+                        out.group.tolist(), out.nodes_per_hop, out.edges_per_hop,
+                    ]  # fmt: skip
+                    assert got == list(expected), (dtype, replace, keys, fanouts)
+                    cases += 1
+    return cases

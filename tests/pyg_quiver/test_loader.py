@@ -93,7 +93,7 @@ def test_qv03_every_neighbour_equals_k_hop_subgraph(graph):
         batch = next(iter(NeighborLoader(graph, [-1, -1], torch.tensor([seed]), batch_size=1)))
         subset, _, _, mask = k_hop_subgraph(seed, 2, graph.edge_index, num_nodes=graph.num_nodes)
         assert sorted(batch.n_id.tolist()) == subset.tolist()
-        # The loader takes the in-edges of nodes reached before the last hop; k_hop_subgraph also those of the rest.
+        # The loader takes the in-edges of nodes reached before the last hop, k_hop_subgraph those of all.
         inner = set(batch.n_id[: sum(batch.num_sampled_nodes[:2])].tolist())
         target = graph.edge_index[1]
         wanted = [e for e in mask.nonzero().squeeze(1).tolist() if int(target[e]) in inner]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import numpy as np
 import pytest
@@ -23,20 +22,10 @@ from pyg_quiver.backends.torch_ops import TorchBackend
 pytestmark = pytest.mark.pyg
 
 
-def triton_sample(graph, seeds, fanouts, draws):
-    if torch.cuda.is_available():
-        pytest.skip("test_gpu.py runs the kernels on the device")
-    os.environ["TRITON_INTERPRET"] = "1"
-    from pyg_quiver.backends import triton_gpu
-
-    return triton_gpu.sample(graph, seeds, fanouts, draws)
-
-
 BACKENDS = {
     "numba": numba_cpu.sample,
     "numba-hops": lambda *a: sample_one_type(NumbaBackend(), *a),
     "torch": lambda *a: sample_one_type(TorchBackend(), *a),
-    "triton": triton_sample,
 }
 
 

@@ -1,0 +1,56 @@
+"""The samplers and the store on a real GPU: the bits of the CPU (QV-02, QV-05, QV-09)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quiver_reference import check_backend, random_edges
+
+from pyg_quiver import CSCTopology, NeighborLoader, QuiverSampler
+
+pytestmark = [pytest.mark.pyg, pytest.mark.gpu]
+
+
+@pytest.fixture(scope="module")
+def topology() -> CSCTopology:
+    return CSCTopology.from_edge_index(random_edges(20_000, 600_000, 3), 20_000)
+
+
+def equal(a, b) -> None:
+    for name in ("node", "row", "col", "edge"):
+        assert torch.equal(getattr(a, name).cpu(), getattr(b, name).cpu()), name
+    assert a.num_sampled_nodes == b.num_sampled_nodes
+    assert a.num_sampled_edges == b.num_sampled_edges
+
+
+def test_qv02_triton_equals_the_specification_on_the_gpu():
+    from pyg_quiver.backends import triton_gpu
+
+    assert check_backend(triton_gpu.sample, device="cuda") == 52
+
+
+@pytest.mark.parametrize("mode", ["gpu", "uva"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("fanouts", [[15, 10, 5], [25, 10], [-1, 3]], ids=str)
+def test_qv05_same_bits_as_the_cpu(topology, mode, backend, replace, fanouts):
+    if mode == "uva" and (backend == "torch" or -1 in fanouts):
+        pytest.skip("torch operations do not read pinned memory from the GPU")
+    here = QuiverSampler(topology, fanouts, replace=replace, mode="cpu", backend="torch", seed=3)
+    there = QuiverSampler(topology, fanouts, replace=replace, mode=mode, backend=backend, seed=3)
+    for key, batch in ((1, 1), (2, 64), (3, 1024)):
+        node = torch.randint(0, 20_000, (batch,), generator=torch.Generator().manual_seed(key))
+        equal(here.sample(node, key=key), there.sample(node, key=key))
+
+
+def test_qv01_loader_on_the_gpu_gives_the_batches_of_the_cpu(topology):
+    from torch_geometric.data import Data
+
+    edges = random_edges(20_000, 600_000, 3)
+    data = Data(x=torch.randn(20_000, 8), edge_index=edges)
+    cpu = NeighborLoader(data, [5, 5], torch.arange(500), batch_size=250, mode="cpu")
+    gpu = NeighborLoader(data, [5, 5], torch.arange(500), batch_size=250, mode="gpu")
+    for a, b in zip(cpu, gpu, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.edge_index, b.edge_index)
+        assert torch.equal(a.e_id, b.e_id)

@@ -30,7 +30,7 @@ from spe_layers.eager import spe_eager
 from spe_layers.encoding import turn_period
 
 # Beyond these sizes the features of a point no longer fit in one tile; the caller takes the eager path.
-MAX_FEATURES = 256
+MAX_FEATURES = 128
 MAX_COORDINATES = 16
 # The partial sums of dW are this many, spread over the units' tiles: four a multiprocessor of an H100.
 BACKWARD_PROGRAMS = 528
@@ -87,11 +87,11 @@ def _load_coordinates(x_ptr, rows, row_ok, coordinate, col_ok, stride_n, stride_
 @triton.jit
 def _phases(x, rate, SCALE: tl.constexpr, PERIOD: tl.constexpr):
     """Phase in radians, whole turns removed. ``rate`` is float64 where float32 products are not exact."""
-    turns = x.to(rate.dtype) * rate
+    phase = x.to(rate.dtype) * rate
     if PERIOD > 0:
-        turns = turns - PERIOD * tl.floor(turns / PERIOD + 0.5)
-        return turns.to(tl.float32) * SCALE
-    return turns
+        turns = phase - PERIOD * tl.floor(phase / PERIOD + 0.5)
+        phase = turns.to(tl.float32) * SCALE
+    return phase
 
 
 @triton.jit
@@ -216,9 +216,20 @@ class Tiles:
     stages: int = 2
 
 
-FORWARD_TILES = Tiles(points=128, units=64, warps=8)
-COORDINATE_GRAD_TILES = Tiles(points=64, units=64, warps=4)
-WEIGHT_GRAD_TILES = Tiles(points=64, units=64, warps=4)
+# By kernel and bits of the product's inputs, for up to 64 features and the shared memory of a large GPU.
+TILES = {
+    ("forward", 32): Tiles(points=128, units=64, warps=8),
+    ("forward", 16): Tiles(points=128, units=64, warps=8),
+    ("coordinate_grad", 32): Tiles(points=64, units=64),
+    ("coordinate_grad", 16): Tiles(points=64, units=64),
+    ("weight_grad", 32): Tiles(points=64, units=64),
+    ("weight_grad", 16): Tiles(points=64, units=64),
+}
+
+
+# For more features, or less shared memory: no kernel needs more than 96 KiB with these.
+SMALL_TILES = Tiles(points=32, units=32, stages=1)
+LARGE_SHARED_MEMORY = 200 * 2**10
 
 
 def float32_precision() -> str:
@@ -238,7 +249,7 @@ def launch_forward(
     bands: Bands,
     out_dtype: torch.dtype,
     *,
-    tiles: Tiles = FORWARD_TILES,
+    tiles: Tiles | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """y [N, H] in ``out_dtype``: x [N, D] float32 of any strides, weight [H, F] in ``nerf`` order, bias [H].
@@ -249,7 +260,7 @@ def launch_forward(
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    tiles = _fit(tiles, weight.shape[0])
+    tiles = _fit(tiles, "forward", out_dtype, weight)
     grid = (triton.cdiv(x.shape[0], tiles.points),)
     weight = weight.contiguous()
     with torch.cuda.device_of(x):
@@ -269,18 +280,21 @@ def launch_backward(
     bands: Bands,
     needs: Sequence[bool],
     *,
-    coordinate_tiles: Tiles = COORDINATE_GRAD_TILES,
-    weight_tiles: Tiles = WEIGHT_GRAD_TILES,
+    tiles: Tiles | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [N, D], dW [H, F], db [H]) for grad [N, H]; ``needs`` says which, the others are empty."""
     grad, weight = grad.contiguous(), weight.contiguous()
-    empty = x.new_empty(0)
-    dx = _coordinate_grad(grad, x, weight, bias, bands, coordinate_tiles, precision) if needs[0] else empty
-    if not (needs[1] or needs[2]):
-        return dx, empty, empty
-    dw, db = _weight_grad(grad, x, weight, bias, bands, weight_tiles, precision)
-    return dx, dw.to(weight.dtype), empty if bias is None else db.to(bias.dtype)
+    # Outputs of an operator may not share storage, so each absent one is a tensor of its own.
+    dx, dw, db = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
+    if needs[0]:
+        dx = _coordinate_grad(grad, x, weight, bias, bands, tiles, precision)
+    if needs[1] or needs[2]:
+        dw, sums = _weight_grad(grad, x, weight, bias, bands, tiles, precision)
+        dw = dw.to(weight.dtype)
+        if bias is not None:
+            db = sums.to(bias.dtype)
+    return dx, dw, db
 
 
 def _coordinate_grad(
@@ -289,13 +303,13 @@ def _coordinate_grad(
     weight: Tensor,
     bias: Tensor | None,
     bands: Bands,
-    tiles: Tiles,
+    tiles: Tiles | None,
     precision: str | None,
 ) -> Tensor:
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if grad.numel() == 0:
         return dx
-    tiles = _fit(tiles, weight.shape[0])
+    tiles = _fit(tiles, "coordinate_grad", grad.dtype, weight)
     with torch.cuda.device_of(x):
         _coordinate_grad_kernel[(triton.cdiv(x.shape[0], tiles.points),)](
             grad, x, weight, weight if bias is None else bias, _rates(bands, x.device), dx,
@@ -311,13 +325,13 @@ def _weight_grad(
     weight: Tensor,
     bias: Tensor | None,
     bands: Bands,
-    tiles: Tiles,
+    tiles: Tiles | None,
     precision: str | None,
 ) -> tuple[Tensor, Tensor]:
     units, features = weight.shape
     if grad.numel() == 0:
         return weight.new_zeros(weight.shape), weight.new_zeros(units)
-    tiles = _fit(tiles, units)
+    tiles = _fit(tiles, "weight_grad", grad.dtype, weight)
     unit_tiles = triton.cdiv(units, tiles.units)
     point_tiles = triton.cdiv(x.shape[0], tiles.points)
     tiles_each = triton.cdiv(point_tiles, max(1, BACKWARD_PROGRAMS // unit_tiles))
@@ -333,9 +347,25 @@ def _weight_grad(
     return dw.sum(0), db.sum(0)
 
 
-def _fit(tiles: Tiles, units: int) -> Tiles:
-    """The tiles, not wider than the layer."""
+def _bits(dtype: torch.dtype) -> int:
+    return 16 if dtype in (torch.bfloat16, torch.float16) else 32
+
+
+def _fit(tiles: Tiles | None, kind: str, dtype: torch.dtype, weight: Tensor) -> Tiles:
+    """These tiles, or those of the kernel; not wider than the layer."""
+    units, features = weight.shape
+    if tiles is None:
+        tiles = TILES[kind, _bits(dtype)]
+        if features > 64 or (weight.is_cuda and _shared_memory(weight.device) < LARGE_SHARED_MEMORY):
+            tiles = SMALL_TILES
     return replace(tiles, units=min(tiles.units, max(16, triton.next_power_of_2(units))))
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    # HIP does not say; it then gets the small tiles.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def _constants(
@@ -347,15 +377,18 @@ def _constants(
     tiles: Tiles,
     precision: str | None,
 ) -> dict[str, Any]:
-    sixteen_bit = dtype in (torch.bfloat16, torch.float16)
+    dot_types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as integers and multiplies those.
+        dot_types.pop(torch.bfloat16)
     return {
         "D": x.shape[1],
         "SCALE": bands.scale,
         "PERIOD": turn_period(bands),
         "INPUT": bands.include_input,
         "HAS_BIAS": bias is not None,
-        "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32),
-        "PRECISION": "ieee" if sixteen_bit else precision or float32_precision(),
+        "DOT": dot_types.get(dtype, tl.float32),
+        "PRECISION": "ieee" if _bits(dtype) == 16 else precision or float32_precision(),
         "BN": tiles.points,
         "BH": tiles.units,
         "BF": max(16, triton.next_power_of_2(weight.shape[1])),
@@ -425,12 +458,11 @@ def _(
     include_input: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = x.new_empty(0)
     needs_weight = needs[1] or needs[2]
     return (
-        x.new_empty(x.shape) if needs[0] else empty,
-        weight.new_empty(weight.shape) if needs_weight else empty.clone(),
-        bias.new_empty(bias.shape) if needs_weight and bias is not None else empty.clone(),
+        x.new_empty(x.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        x.new_empty(0) if bias is None or not needs_weight else bias.new_empty(bias.shape),
     )
 
 

@@ -1,0 +1,30 @@
+"""The fused kernels on the device: the checks of the GPU benchmark, each named after what it looks at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def checks() -> list[dict]:
+    from benchmarks.spe_layers_gpu import correctness
+
+    return correctness()
+
+
+def test_sp04_sp05_sp06_sp07_sp08_sp21_kernels_equal_the_twin_on_the_device(checks):
+    assert len(checks) > 15
+    failed = [check for check in checks if not check["ok"]]
+    assert not failed
+
+
+def test_sp06_auto_takes_the_kernels_on_the_device():
+    from spe_layers import SPE
+
+    layer = SPE(3, 32, 4, device="cuda")
+    y = layer(torch.rand(10, 3, device="cuda"))
+    assert "forward" in type(y.grad_fn).__name__
+    assert "Sin" not in type(y.grad_fn).__name__

@@ -9,25 +9,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyg_quiver.feature_store import GatherStats, QuiverFeatureStore
     from pyg_quiver.loader import LinkNeighborLoader, NeighborLoader
+    from pyg_quiver.metrics import fap, psgs, seed_probability
+    from pyg_quiver.placement import DISK, HOST, DeviceTopology, PlacementPlan, plan_placement
     from pyg_quiver.rng import batch_key
     from pyg_quiver.sampler import QuiverSampler
     from pyg_quiver.topology import CSCTopology
 
 __all__ = [
+    "DISK",
+    "HOST",
     "CSCTopology",
+    "DeviceTopology",
+    "GatherStats",
     "LinkNeighborLoader",
     "NeighborLoader",
+    "PlacementPlan",
+    "QuiverFeatureStore",
     "QuiverSampler",
     "batch_key",
+    "fap",
+    "plan_placement",
+    "psgs",
+    "seed_probability",
 ]
 
 _MODULE_OF = {
+    "DISK": "placement",
+    "HOST": "placement",
     "CSCTopology": "topology",
+    "DeviceTopology": "placement",
+    "GatherStats": "feature_store",
     "LinkNeighborLoader": "loader",
     "NeighborLoader": "loader",
+    "PlacementPlan": "placement",
+    "QuiverFeatureStore": "feature_store",
     "QuiverSampler": "sampler",
     "batch_key": "rng",
+    "fap": "metrics",
+    "plan_placement": "placement",
+    "psgs": "metrics",
+    "seed_probability": "metrics",
 }
 
 

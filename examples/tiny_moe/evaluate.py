@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,13 +196,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for column in ("task", "correct", "items", "exact match", "interval"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, row in report["accuracy"]["tasks"].items():
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
         table.add_row(
             task,
             str(row["correct"]),
             str(row["items"]),
             f"{row['exact_match']:.3f}",
-            interval.replace("[", r"\["),
+            interval,
         )
     table.add_row("mean", "", "", f"{report['accuracy']['mean']:.3f}", "")
     console.print(table)
@@ -236,7 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_report(report, Console())
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        head = {"engine": options.engine} | environment(options.device if options.engine != "vllm" else None)
+        given = sys.argv[1:] if arguments is None else arguments
+        head = {"command": shlex.join(["python", "-m", "examples.tiny_moe.evaluate", *given])}
+        head |= environment(options.device if options.engine == "transformers" else None)
         options.json.write_text(json.dumps(head | report, indent=2) + "\n")
 
 

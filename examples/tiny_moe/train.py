@@ -35,8 +35,12 @@ from examples.tiny_moe.model import balance_loss, new_model
 from examples.tiny_moe.tasks import held_out_items, training_pairs, write_items
 from examples.tiny_moe.tokenizer import PAD_ID, encode_pair, save_tokenizer
 
-HERE = Path(__file__).parent
 IGNORED = -100
+LOG_EVERY = 20  # steps; reading a loss waits for the device
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines and shows every default."""
 
 
 class TrainingBatches(Dataset):
@@ -82,31 +86,28 @@ class LearningRate:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=HERE, help="folder for model/, tasks/, training_log.json (default: here)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--seed", type=int, default=7, help="of weights, batches and items (default: %(default)s)")
-    add("--steps", type=int, default=20_000, help="at most this many (default: %(default)s)")
     add(
-        "--max-seconds",
-        type=float,
-        default=14_400,
-        help="start the decay at 80%% of it (default: %(default)s)",
+        "--out", type=Path, default=Path("moecap_out/tiny_moe"), help="gets model/, tasks/, training_log.json"
     )
-    add("--batch-size", type=int, default=1024, help="sequences a step (default: %(default)s)")
-    add("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
-    add("--decay-at", type=float, default=0.85, help="validation mean that starts it (default: %(default)s)")
-    add("--decay-steps", type=int, default=200, help="default: %(default)s")
-    add(
-        "--target", type=float, default=0.94, help="validation mean that ends training (default: %(default)s)"
-    )
-    add("--validate-every", type=int, default=50, help="steps (default: %(default)s)")
-    add("--items", type=int, default=200, help="held-out items a task (default: %(default)s)")
-    add("--workers", type=int, default=6, help="processes that make batches (default: %(default)s)")
-    return parser.parse_args(arguments)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--seed", type=int, default=7, help="of weights, batches and items")
+    add("--steps", type=int, default=20_000, help="train at most this many steps")
+    add("--max-seconds", type=float, default=14_400, help="begin the decay at 80%% of this time")
+    add("--batch-size", type=int, default=1024, help="sequences a step")
+    add("--learning-rate", type=float, default=3e-3, help="its peak")
+    add("--decay-at", type=float, default=0.85, help="validation mean that begins the decay")
+    add("--decay-steps", type=int, default=200, help="length of the decay")
+    add("--target", type=float, default=0.94, help="validation mean that ends training")
+    add("--validate-every", type=int, default=50, help="steps between validations")
+    add("--items", type=int, default=200, help="held-out items a task")
+    add("--workers", type=int, default=6, help="processes that make batches")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch_size", "decay_steps", "validate_every", "items"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    return options
 
 
 def train(options: argparse.Namespace, console: Console) -> tuple[Any, dict[str, Any]]:
@@ -124,47 +125,45 @@ def train(options: argparse.Namespace, console: Console) -> tuple[Any, dict[str,
     )
     schedule = LearningRate(options.learning_rate, 100, options.decay_steps)
     validation = held_out_items("validation", options.items, options.seed)
-    log: dict[str, Any] = {"steps": [], "validation": []}
+    log: dict[str, Any] = {"training_steps": 0, "training_seconds": 0.0, "steps": [], "validation": []}
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("training", total=options.steps)
-        for step, (ids, labels) in enumerate(batches):
-            rate = schedule.at(step)
+        for done, (ids, labels) in enumerate(batches, start=1):
+            rate = schedule.at(done - 1)
             if rate <= 0:
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            answer_loss, balance = train_step(
-                model,
-                optimizer,
-                ids.to(options.device, non_blocking=True),
-                labels.to(options.device, non_blocking=True),
-            )
-            done = step + 1
+            optimizer.param_groups[0]["lr"] = rate
+            on_device = [x.to(options.device, non_blocking=True) for x in (ids, labels)]
+            losses = train_step(model, optimizer, *on_device)
+            log["training_steps"], log["training_seconds"] = done, round(time.monotonic() - began, 1)
             progress.update(bar, completed=done)
-            seconds = time.monotonic() - began
-            if done % 20 == 0:
-                entry = {"step": done, "seconds": round(seconds, 2), "loss": round(float(answer_loss), 4)}
-                log["steps"].append(entry | {"balance": round(float(balance), 4), "learning_rate": rate})
-                progress.update(bar, description=f"loss {entry['loss']:.3f}")
-            if seconds > 0.8 * options.max_seconds:
+            if done % LOG_EVERY == 0:
+                loss, balance = (round(float(x), 4) for x in losses)
+                log["steps"].append({"step": done, "loss": loss, "balance": balance, "learning_rate": rate})
+                progress.update(bar, description=f"loss {loss:.3f}")
+            if log["training_seconds"] > 0.8 * options.max_seconds:
                 schedule.start_decay(done)
             if done % options.validate_every and done != options.steps:
                 continue
-            entry = validate(model, validation) | {"step": done, "seconds": round(seconds, 2)}
+            entry = {"step": done, "seconds": log["training_seconds"]} | validate(model, validation)
             log["validation"].append(entry)
-            accuracies = "  ".join(f"{task} {value:.3f}" for task, value in entry["tasks"].items())
-            progress.console.print(
-                f"step {done}  {seconds:.0f} s  validation mean {entry['mean']:.3f}  ({accuracies})  "
-                f"routing {entry['requests_within']:.3f} / {entry['requests_between']:.3f}"
-            )
+            progress.console.print(validation_line(entry))
             if entry["mean"] >= options.target:
                 break
             if entry["mean"] >= options.decay_at:
                 schedule.start_decay(done)
-    log |= {"training_seconds": round(time.monotonic() - began, 1), "training_steps": done}
     return model, log
+
+
+def validation_line(entry: dict[str, Any]) -> str:
+    """Return one line for people: accuracy by task, EAM distance within and between tasks."""
+    accuracies = ", ".join(f"{task} {value:.2f}" for task, value in entry["tasks"].items())
+    return (
+        f"step {entry['step']}, {entry['seconds']:.0f} s: validation {entry['mean']:.3f} ({accuracies}); "
+        f"EAM distance {entry['requests_within']:.2f} within, {entry['requests_between']:.2f} between tasks"
+    )
 
 
 def train_step(

@@ -63,9 +63,9 @@ def phases(x: Tensor, bands: int | Bands) -> Tensor:
 
 def turn_period(bands: Bands) -> float:
     """Growth of ``multiplier * x`` in one turn: 2 at scale pi, 1 at 2 pi, 0 where it is no exact number."""
-    if math.isclose(bands.scale, math.pi, rel_tol=1e-12):
+    if abs(bands.scale - math.pi) < 1e-12:
         return 2.0
-    return 1.0 if math.isclose(bands.scale, 2 * math.pi, rel_tol=1e-12) else 0.0
+    return 1.0 if abs(bands.scale - 2 * math.pi) < 1e-12 else 0.0
 
 
 def positional_encoding(

@@ -31,6 +31,7 @@ from moecap_eval.stats import (
 )
 from moecap_eval.workload import Axis
 
+SHARE_OF_PEAK = "share of peak"
 SINGLE_VALUE = "one value per arm: shown, not tested"
 
 
@@ -234,8 +235,9 @@ def arm_value(records: Records, arm: str, axis: Axis, blocks: set[int] | None = 
             if sample.block in numbers and (value := sample.values.get(axis.name)) is not None
         ]
         return sum(scores) / len(scores) if scores else None
-    known = [value for block in done if (value := block.values.get(axis.name)) is not None]
-    return sum(known) / len(known) if known else None
+    known = [(value, block) for block in done if (value := block.values.get(axis.name)) is not None]
+    weights = [_weight(records, block, axis) for _, block in known]
+    return sum(v * w for (v, _), w in zip(known, weights, strict=True)) / sum(weights) if known else None
 
 
 def missing_reason(records: Records, arm: str, axis: Axis) -> str:
@@ -415,6 +417,13 @@ def _identical_outputs(records: Records, baseline: str, arms: Sequence[str]) -> 
         if shared:
             counts[arm] = (sum(reference[item] == own[item] for item in shared), len(shared))
     return counts
+
+
+def _weight(records: Records, block: BlockRecord, axis: Axis) -> float:
+    """A block's weight in an arm's mean: its time for rates, which makes the mean a ratio of sums; else 1."""
+    if axis.unit != SHARE_OF_PEAK and not axis.unit.endswith("/s"):
+        return 1.0
+    return sum(step.duration_s for step in records.steps.get((block.arm, block.block), [])) or block.wall_s
 
 
 def _block_value(block: BlockRecord, axis: Axis, by_item: Mapping[int, Sequence[float]]) -> float | None:

@@ -213,16 +213,19 @@ def read_records(out_dir: str | Path) -> Records:
     samples: dict[tuple[str, int], list[SampleRecord]] = {}
     arms: dict[str, ArmRecord] = {}
     failures: dict[str, str] = {}
-    pending: dict[tuple[str, int], list[SampleRecord]] = {}
+    pending: list[SampleRecord] = []
     for line in lines[1:]:
         kind, key = line.get("kind"), (str(line.get("arm")), int(line.get("block") or 0))
         if kind == "sample":
-            pending.setdefault(key, []).append(_build(SampleRecord, line))
-        elif kind == "block":
+            pending.append(_build(SampleRecord, line))
+            continue
+        # A block's samples stand directly before it; others are of an append that was cut short.
+        own, pending = pending, []
+        if kind == "block":
             if key in blocks:
                 raise ValueError(f"{path}: block {key[1]} of arm {key[0]!r} is recorded twice")
             blocks[key] = _build(BlockRecord, line)
-            samples[key] = pending.pop(key, [])
+            samples[key] = [sample for sample in own if (sample.arm, sample.block) == key]
         elif kind == "arm":
             arms[key[0]] = _build(ArmRecord, line)
         elif kind == "failure":

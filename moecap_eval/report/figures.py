@@ -5,6 +5,7 @@ Every series has a colour, a marker and a line style of its own; nothing is told
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -103,45 +104,51 @@ def forest(groups: Sequence[Group], *, log: bool, label: str, none: float) -> st
 
 
 def pareto(
-    panels: Sequence[tuple[str, str, bool, bool, Mapping[str, tuple[float, float]]]], arms: Sequence[str]
+    x_label: str,
+    y_label: str,
+    points: Mapping[str, tuple[float, float]],
+    arms: Sequence[str],
+    *,
+    x_up: bool,
+    y_up: bool,
 ) -> str:
-    """Scatter panels with their Pareto fronts.
+    """Arms on two measures with the Pareto front; filled marks are on it.
 
     Args:
-        panels: (x label, y label, x is better when higher, the same of y, arm -> (x, y)).
-        arms: all arms, in the order of the config, which gives each its style.
+        x_label: with unit.
+        y_label: with unit.
+        points: arm -> (x, y).
+        arms: all arms in the order that gives each its style.
+        x_up: whether more of x is better.
+        y_up: whether more of y is better.
     """
     with mpl.rc_context(_STYLE):
-        figure = _figure(3.3 * len(panels) + 0.25)
-        grid = figure.subplots(len(panels), 1, squeeze=False)
-        for axes, (x_label, y_label, x_up, y_up, points) in zip(grid[:, 0], panels, strict=True):
-            front = pareto_front(points, x_up=x_up, y_up=y_up)
-            chain = sorted(points[arm] for arm in front)
-            axes.plot([x for x, _ in chain], [y for _, y in chain], color=MUTED, linewidth=1.2, zorder=1)
-            for arm, (x, y) in points.items():
-                style = arms.index(arm)
-                colour = PALETTE[style % len(PALETTE)]
-                face = colour if arm in front else "none"
-                marker = MARKERS[style % len(MARKERS)]
-                axes.plot(
-                    x,
-                    y,
-                    marker,
-                    color=colour,
-                    markerfacecolor=face,
-                    markersize=9,
-                    markeredgewidth=1.6,
-                    label=arm,
-                )
-            axes.set_xlabel(f"{x_label}  ({'right' if x_up else 'left'} is better)")
-            axes.set_ylabel(y_label)
-            axes.margins(0.16)
-            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
-            axes.grid()
-            axes.set_axisbelow(True)
-            axes.ticklabel_format(axis="both", useOffset=False, style="plain")
-        _legend(figure, grid[0, 0], len(arms))
-        return _svg(figure, "pareto")
+        figure = _figure(3.9)
+        axes = figure.add_subplot()
+        front = pareto_front(points, x_up=x_up, y_up=y_up)
+        chain = sorted(points[arm] for arm in front)
+        axes.plot([x for x, _ in chain], [y for _, y in chain], color=MUTED, linewidth=1.2, zorder=1)
+        for arm, (x, y) in points.items():
+            style = arms.index(arm)
+            colour = PALETTE[style % len(PALETTE)]
+            axes.plot(
+                x,
+                y,
+                MARKERS[style % len(MARKERS)],
+                color=colour,
+                markerfacecolor=colour if arm in front else "none",
+                markersize=9,
+                markeredgewidth=1.6,
+                label=arm,
+            )
+        axes.set_xlabel(f"{x_label} ({'right' if x_up else 'left'} is better)")
+        axes.set_ylabel(y_label)
+        axes.margins(0.16)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
+        axes.grid()
+        axes.set_axisbelow(True)
+        _legend(figure, axes, len(points))
+        return _svg(figure, "pareto" + x_label + y_label)
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]], *, x_up: bool, y_up: bool) -> list[str]:
@@ -285,7 +292,7 @@ def _svg(figure: Figure, salt: str) -> str:
         body = body.replace(colour, f"var({variable})")
     body = re.sub(r"font: ([^;\"']*?)px [^;\"]*", r"font: \1px var(--sans)", body)
     # Ids of different figures must not meet in one page.
-    prefix = re.sub(r"\W", "", salt)[:12]
+    prefix = f"f{hashlib.sha256(salt.encode()).hexdigest()[:8]}"
     body = re.sub(r'id="', f'id="{prefix}-', body)
     body = re.sub(r"url\(#", f"url(#{prefix}-", body)
     body = re.sub(r'href="#', f'href="#{prefix}-', body)

@@ -69,7 +69,7 @@ def _context(records: Records, comparison: Comparison) -> dict[str, Any]:
         "radar": sections.radar_figure(records, comparison),
         "forests": sections.forest_figures(records, comparison),
         "axis_blocks": sections.axis_blocks(records, comparison),
-        "pareto": sections.pareto_figure(records, comparison),
+        "pareto": sections.pareto_figures(records, comparison),
         "accuracy": sections.accuracy_tasks(records, comparison),
         "utilisation": money.utilisation_tables(records, comparison),
         "cost": money.cost_sheet(records, comparison),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moecap_eval.comparison import Comparison
 from moecap_eval.records import Records
 from moecap_eval.report.numbers import UNKNOWN, byte_size, number, quantity
-from moecap_eval.utilisation import MEASURES, peaks_of, utilisation
+from moecap_eval.utilisation import MEASURES, Utilisation, peaks_of, utilisation
 
 UNITS = {
     "device_usd": "USD",
@@ -71,42 +72,41 @@ def utilisation_tables(records: Records, comparison: Comparison) -> dict[str, An
     """Shares of the peaks, bytes by component and bytes moved per link; empty without recorded passes."""
     shares: list[dict[str, Any]] = []
     components: list[dict[str, Any]] = []
-    links: list[dict[str, str]] = []
+    links: list[dict[str, Any]] = []
+    reasons: list[str] = []
+    stated_links = (records.environment.get("hardware") or {}).get("links") or {}
     names: list[str] = []
+    sources = [peak.source for peak in reversed(peaks_of(records.environment))]
     for arm in (comparison.baseline, *comparison.arms):
         found = utilisation(records, arm)
         if found is None:
             continue
         work = sum(block.work for block in records.blocks[arm])
-        for measure in MEASURES:
-            cells = []
-            for peak in peaks_of(records.environment):
-                value = found.shares.get((measure, peak.source))
-                reason = found.reasons.get((measure, peak.source), "")
-                cells.append(
-                    {
-                        "source": peak.source,
-                        "text": UNKNOWN if value is None else f"{100 * value:.2f} %",
-                        "reason": reason,
-                    }
-                )
-            shares.append({"arm": arm, "measure": measure, "cells": cells})
-        names += [name for name in found.bytes_by_component if name not in names]
+        shares.append({"arm": arm, "cells": [_share_cell(found, measure, sources) for measure in MEASURES]})
+        reasons += [f"{arm}: {text}" for text in dict.fromkeys(found.reasons.values())]
+        names += [name for name, size in found.bytes_by_component.items() if size and name not in names]
         total = sum(found.bytes_by_component.values())
         components.append({"arm": arm, "sizes": found.bytes_by_component, "total": total, "work": work})
-        for link, size in found.moved_bytes.items():
+        for link, size in sorted(found.moved_bytes.items()):
+            rate, peak = size / found.duration_s, stated_links.get(link)
             links.append(
                 {
                     "arm": arm,
                     "link": link.replace("->", " → "),
                     "total": byte_size(size),
                     "per_work": byte_size(size / work),
-                    "rate": quantity(size / found.duration_s, "B/s"),
+                    "rate": quantity(rate, "B/s"),
+                    "share": f"{100 * rate / peak['value']:.2f} % of {quantity(peak['value'], 'B/s')}"
+                    if peak
+                    else "",
+                    "used": size > 0,
                 }
             )
     return {
         "shares": shares,
-        "sources": [peak.source for peak in peaks_of(records.environment)],
+        "measures": MEASURES,
+        "reasons": reasons,
+        "sources": sources,
         "components": [
             {
                 "arm": entry["arm"],
@@ -124,9 +124,18 @@ def utilisation_tables(records: Records, comparison: Comparison) -> dict[str, An
             if entry["total"]
         ],
         "component_names": [name.replace("_", " ") for name in names],
-        "links": links,
+        "links": [
+            row for row in links if any(other["used"] for other in links if other["link"] == row["link"])
+        ],
+        "links_seen": bool(links),
         "unit": records.work_unit,
     }
+
+
+def _share_cell(found: Utilisation, measure: str, sources: Sequence[str]) -> list[str]:
+    """A measure against each peak, the measured one first."""
+    values = [(source, found.shares.get((measure, source))) for source in sources]
+    return [UNKNOWN if value is None else f"{100 * value:.2f} %" for _, value in values]
 
 
 def environment_rows(records: Records) -> list[dict[str, str]]:

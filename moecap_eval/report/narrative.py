@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moecap_eval.axes import FAST_MEMORY, STARTUP, THROUGHPUT, USD_PER_MILLION, USD_PER_THOUSAND_CORRECT
-from moecap_eval.comparison import Comparison, Row
-from moecap_eval.report.numbers import change
+from moecap_eval.comparison import Comparison, Row, effect_of
+from moecap_eval.report.numbers import change, interval
 from moecap_eval.stats import zone
 from moecap_eval.workload import Axis
 
@@ -25,6 +25,7 @@ TITLES = {
     "s_mbu": "bandwidth use (S-MBU)",
     "s_mfu": "compute use (S-MFU)",
     "hit_rate": "cache hit rate",
+    "moved_bytes_per_s": "traffic between memory tiers",
 }
 _UNIT_ENDINGS = ("_s", "_bytes", "_usd", "_db")
 
@@ -53,11 +54,31 @@ class Recommendation:
     otherwise: tuple[str, ...]
 
 
+def _why_unclear(comparison: Comparison, stories: list[ArmStory]) -> str:
+    """What kept a run from a verdict, what it shows nevertheless, and what to do about it."""
+    same = [name for name in stories[0].same if all(name in story.same for story in stories)]
+    held = f" What holds for every arm: {_join(same)} is the same within the margin." if same else ""
+    noisy = sorted(
+        {row.axis for row in comparison.rows if row.verdict == "noisy"}, key=list(comparison.axes).index
+    )
+    if not noisy:
+        return f"No arm was shown to differ from it; more blocks or items would narrow the intervals.{held}"
+    control = comparison.aa_control[noisy[0]]
+    differs = f"{title(noisy[0])} by {interval(control, effect_of(comparison.axes[noisy[0]]))}"
+    return (
+        "This run was too noisy to tell the arms apart: "
+        f"{comparison.baseline} against itself already differs in {differs}. "
+        f"Leave the machine to the run alone, or raise compare.blocks.{held}"
+    )
+
+
 def title(axis: str) -> str:
     """An axis's name for readers."""
     base, _, rest = axis.partition(":")
     if base not in TITLES:
-        ending = next((end for end in _UNIT_ENDINGS if base.endswith(end)), "")
+        ending = next(
+            (end for end in _UNIT_ENDINGS if base.endswith(end) and not base.endswith("_per" + end)), ""
+        )
         base = base.removesuffix(ending)
     return TITLES.get(base, base.replace("_", " ")) + (f" ({rest})" if rest else "")
 
@@ -77,7 +98,7 @@ def tell(comparison: Comparison, arm: str) -> ArmStory:
         elif side == "equivalent" and axis.headline:
             same.append(title(row.axis))
         elif side == "unclear" and axis.headline:
-            unclear.append(_phrase(row, axis) if row.estimate else f"{title(row.axis)} (not measured)")
+            unclear.append(_open_question(row))
     outcome = _outcome(comparison, arm, gains=gains, losses=losses, same=same, unclear=unclear)
     sentence = _sentence(comparison, arm, outcome, gains=gains, losses=losses, same=same, unclear=unclear)
     return ArmStory(
@@ -118,7 +139,7 @@ def recommend(comparison: Comparison) -> Recommendation:
         reason = f"{gained}, and nothing measured got worse.{open_points}"
         return Recommendation(best.arm, f"Choose {best.arm}", reason, tips)
     if all(story.outcome in {"unclear", "failed"} for story in stories):
-        reason = "No arm was shown to differ from it. More blocks or items would narrow the intervals."
+        return Recommendation(baseline, f"Keep {baseline}", _why_unclear(comparison, stories), tips)
     elif all(story.outcome == "no difference" for story in stories):
         reason = "Every arm does the same within the margins, so there is no reason to change."
     elif any(story.outcome == "trade-off" for story in stories):
@@ -180,6 +201,13 @@ def _dominated(comparison: Comparison, arm: str, winner: str) -> bool:
         if own is not None and (other is None or other < own):
             return False
     return True
+
+
+def _open_question(row: Row) -> str:
+    """An axis without a verdict: its name and why, since its figure is not to be relied on."""
+    if row.estimate is None:
+        return f"{title(row.axis)} (not measured)"
+    return f"{title(row.axis)} ({'noisy run' if row.verdict == 'noisy' else 'interval too wide'})"
 
 
 def _phrase(row: Row, axis: Axis) -> str:

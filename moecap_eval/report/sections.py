@@ -57,6 +57,7 @@ class AxisBlock:
     headline: bool
     unknown: str
     cells: Sequence[Cell]
+    notes: Sequence[str]
 
 
 def styles(records: Records, comparison: Comparison) -> dict[str, int]:
@@ -94,6 +95,7 @@ def axis_blocks(records: Records, comparison: Comparison) -> list[AxisBlock]:
                 axis.headline,
                 reasons.pop() if nowhere else "",
                 [] if nowhere else cells,
+                [] if nowhere else _notes(cells),
             )
         )
     return blocks
@@ -173,15 +175,15 @@ def forest_figures(records: Records, comparison: Comparison) -> list[str]:
     return drawn
 
 
-def pareto_figure(records: Records, comparison: Comparison) -> str | None:
-    """Cost against throughput and throughput against accuracy, as far as they are known."""
+def pareto_figures(records: Records, comparison: Comparison) -> list[str]:
+    """Cost against throughput, and accuracy against cost (without prices: throughput), as far as known."""
     arms = [comparison.baseline, *comparison.arms]
     accuracy = next((a for a in comparison.axes.values() if a.kind == "accuracy" and a.headline), None)
     pairs = [(comparison.axes.get(USD_PER_MILLION), comparison.axes.get(THROUGHPUT))]
     if accuracy is not None:
         pairs.append((comparison.axes.get(USD_PER_MILLION), accuracy))
         pairs.append((comparison.axes.get(THROUGHPUT), accuracy))
-    panels = []
+    drawn: list[str] = []
     for x_axis, y_axis in pairs:
         if x_axis is None or y_axis is None:
             continue
@@ -191,9 +193,17 @@ def pareto_figure(records: Records, comparison: Comparison) -> str | None:
             if x is not None and y is not None:
                 points[arm] = (x, y)
         if len(points) > 1:
-            up = (x_axis.better == "higher", y_axis.better == "higher")
-            panels.append((_label(x_axis), _label(y_axis), *up, points))
-    return figures.pareto(panels[:2], arms) if panels else None
+            drawn.append(
+                figures.pareto(
+                    _label(x_axis),
+                    _label(y_axis),
+                    points,
+                    arms,
+                    x_up=x_axis.better == "higher",
+                    y_up=y_axis.better == "higher",
+                )
+            )
+    return drawn[:2]
 
 
 def timeline_figure(records: Records, comparison: Comparison) -> str | None:
@@ -324,6 +334,15 @@ def signature(records: Records) -> str:
     return " | ".join(parts)
 
 
+def _notes(cells: Sequence[Cell]) -> list[str]:
+    """Reasons below an axis, each once, with the arms they hold for."""
+    arms: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.reason:
+            arms.setdefault(cell.reason, []).append(cell.arm)
+    return [f"{', '.join(names)}: {reason}" for reason, names in arms.items()]
+
+
 def _baseline_cell(records: Records, comparison: Comparison, axis: Axis) -> Cell:
     value = arm_value(records, comparison.baseline, axis)
     reason = missing_reason(records, comparison.baseline, axis) if value is None else ""
@@ -346,10 +365,18 @@ def _cell(row: Row, axis: Axis) -> Cell:
         change=change(estimate.value, row.effect) if estimate else "",
         interval=interval(estimate, row.effect) if estimate else "",
         p_value=p_value(p) if tested else "",
-        verdict=row.verdict if tested else ("not tested" if estimate else "unknown"),
+        verdict=row.verdict if tested else _untested(row),
         mark=MARKS[row.verdict] if tested else "",
-        reason="" if row.reason in (None, SINGLE_VALUE) else str(row.reason),
+        reason=""
+        if row.reason in (None, SINGLE_VALUE) or _untested(row) == "no baseline"
+        else str(row.reason),
     )
+
+
+def _untested(row: Row) -> str:
+    if row.estimate is not None:
+        return "not tested"
+    return "unknown" if row.value is None else "no baseline"
 
 
 def _short(axis: Axis) -> str:

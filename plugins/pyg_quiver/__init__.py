@@ -14,21 +14,38 @@ if TYPE_CHECKING:
     from pyg_quiver.metrics import fap, psgs, seed_probability
     from pyg_quiver.placement import DISK, HOST, DeviceTopology, PlacementPlan, plan_placement
     from pyg_quiver.rng import batch_key
+    from pyg_quiver.routing import (
+        CalibrationProfile,
+        CostModel,
+        EarliestFinishRouter,
+        ThresholdRouter,
+        calibrate,
+    )
     from pyg_quiver.sampler import QuiverSampler
+    from pyg_quiver.serving import EngineOverloaded, EngineStats, InferenceEngine, Response
     from pyg_quiver.topology import CSCTopology
 
 __all__ = [
     "DISK",
     "HOST",
     "CSCTopology",
+    "CalibrationProfile",
+    "CostModel",
     "DeviceTopology",
+    "EarliestFinishRouter",
+    "EngineOverloaded",
+    "EngineStats",
     "GatherStats",
+    "InferenceEngine",
     "LinkNeighborLoader",
     "NeighborLoader",
     "PlacementPlan",
     "QuiverFeatureStore",
     "QuiverSampler",
+    "Response",
+    "ThresholdRouter",
     "batch_key",
+    "calibrate",
     "fap",
     "plan_placement",
     "psgs",
@@ -39,14 +56,23 @@ _MODULE_OF = {
     "DISK": "placement",
     "HOST": "placement",
     "CSCTopology": "topology",
+    "CalibrationProfile": "routing",
+    "CostModel": "routing",
     "DeviceTopology": "placement",
+    "EarliestFinishRouter": "routing",
+    "EngineOverloaded": "serving",
+    "EngineStats": "serving",
     "GatherStats": "feature_store",
+    "InferenceEngine": "serving",
     "LinkNeighborLoader": "loader",
     "NeighborLoader": "loader",
     "PlacementPlan": "placement",
     "QuiverFeatureStore": "feature_store",
     "QuiverSampler": "sampler",
+    "Response": "serving",
+    "ThresholdRouter": "routing",
     "batch_key": "rng",
+    "calibrate": "routing",
     "fap": "metrics",
     "plan_placement": "placement",
     "psgs": "metrics",

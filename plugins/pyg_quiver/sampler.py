@@ -156,6 +156,14 @@ class QuiverSampler(BaseSampler):
             )
         return self._from_nodes(node, key=key, keys=None, time=None)
 
+    def psgs(self) -> Tensor:
+        """PSGS of every node (see :func:`pyg_quiver.psgs`), float64 ``[N]`` on the CPU."""
+        from pyg_quiver.metrics import psgs
+
+        graph = self.graphs.graphs[self.graphs.only_type]
+        topology = CSCTopology(graph.colptr.cpu(), graph.row.cpu(), num_src_nodes=graph.num_src_nodes)
+        return psgs(topology, self._fanouts[self.graphs.only_type])
+
     def sample_groups(self, node: Tensor, group: Tensor, keys: Sequence[int]) -> Sampled:
         """Sample disjoint groups of nodes as if each were alone, in one call.
 

@@ -89,6 +89,13 @@ class TypedGraphs:
         """Whether neighbours are limited by time."""
         return any(self.has_time(kind) for kind in self.graphs)
 
+    def fingerprint(self) -> str:
+        """Digits that tell graphs apart (see :meth:`CSCTopology.fingerprint`), of each edge type."""
+        return " ".join(
+            CSCTopology(graph.colptr.cpu(), graph.row.cpu(), num_src_nodes=graph.num_src_nodes).fingerprint()
+            for _, graph in sorted(self.graphs.items())
+        )
+
     def has_time(self, kind: EdgeType) -> bool:
         """Whether the neighbours of this edge type have times."""
         return self.graphs[kind].node_time is not None or self.graphs[kind].edge_time is not None

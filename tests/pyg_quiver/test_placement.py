@@ -232,7 +232,7 @@ def test_qv09_disk_needs_a_folder_and_rows_are_not_patched():
     with pytest.raises(KeyError):
         store.get_tensor(group_name=None, attr_name="missing", index=None)
     store.put_tensor(torch.zeros(5, 2), group_name="other", attr_name="x", index=None)
-    assert store.remove_tensor(group_name="other", attr_name="x")
+    assert store.remove_tensor(group_name="other", attr_name="x", index=None)
     assert store.get_all_tensor_attrs() == []
 
 

@@ -284,8 +284,8 @@ def _launch_draw(
     block = max(1024 // width, 16)
     _launch(
         _draw_kernel, frontier, block,
-        graph.row, node, ends, start, degree, drawn, offset, draws.streams, group, edge, col, local, slot, hop,
-        base, frontier,
+        graph.row, node, ends, start, degree, drawn, offset, draws.streams, group, edge, col, local, slot,
+        hop, base, frontier,
         FANOUT=fanout, WIDTH=width, REPLACE=draws.replace, GROUPED=grouped, CLAIM=claim,
     )  # fmt: skip
 

@@ -1,0 +1,522 @@
+"""GNN inference as a service in one process: batches bounded by predicted work, deadlines, back-pressure."""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyg_quiver.backends.contract import Sampled
+from pyg_quiver.feature_store import QuiverFeatureStore
+from pyg_quiver.routing import EarliestFinishRouter, ThresholdRouter, require_routes
+from pyg_quiver.sampler import QuiverSampler
+
+Router = ThresholdRouter | EarliestFinishRouter
+
+_BATCHES_AHEAD = (
+    1  # batches that wait at a route while it works; more would only make requests miss better routes
+)
+_SMOOTHING = 0.2
+
+
+class EngineOverloaded(RuntimeError):
+    """The queue is full; try again after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Response:
+    """Answer to a request.
+
+    Attributes:
+        request_id: as submitted or assigned.
+        output: ``[len(node), C]`` on the CPU.
+        route: which sampler made it.
+        psgs: predicted work of the request.
+        queue_s: seconds from submission to the start of its batch.
+        service_s: seconds from there to the answer.
+    """
+
+    request_id: int
+    output: Tensor
+    route: str
+    psgs: float
+    queue_s: float
+    service_s: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Requests since the start. ``per_route`` counts the completed ones of each route."""
+
+    accepted: int
+    rejected: int
+    failed: int
+    completed: int
+    per_route: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What answers are made of. A batch uses one setup from start to end."""
+
+    model: Any
+    features: QuiverFeatureStore | Tensor
+    samplers: Mapping[str, QuiverSampler]
+    psgs: Tensor
+
+
+@dataclass(order=True)
+class _Request:
+    deadline: float
+    number: int
+    request_id: int = field(compare=False)
+    node: Tensor = field(compare=False)
+    psgs: float = field(compare=False)
+    submitted: float = field(compare=False)
+    future: Future[Response] = field(compare=False)
+
+
+class InferenceEngine:
+    """Serves a model over sampled neighbourhoods; a context manager.
+
+    Each request is sampled by itself with its own key, whatever else is in its batch and wherever it runs, so
+    an answer depends on the model, the sampler's seed, the request id and the nodes only.
+
+    Args:
+        model: ``model(x, edge_index)``, in evaluation mode; ``num_sampled_nodes_per_hop`` and
+            ``num_sampled_edges_per_hop`` are passed too if its forward takes them.
+        features: a :class:`QuiverFeatureStore` with the attribute "x", or a tensor ``[N, F]``.
+        samplers: one :class:`QuiverSampler`, or one for each route.
+        router: chooses the route of a batch; needed for several routes.
+        max_batch_psgs: predicted work of a batch; a larger request runs alone.
+        max_wait_ms: how long the first request of a batch waits for others.
+        max_queue: waiting requests; more are refused with :class:`EngineOverloaded`.
+        deadline_ms: of every request, unless it brings its own; past it its Future gets a TimeoutError.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        features: QuiverFeatureStore | Tensor,
+        samplers: QuiverSampler | Mapping[str, QuiverSampler],
+        *,
+        router: Router | None = None,
+        max_batch_psgs: float = 50_000.0,
+        max_wait_ms: float = 1.0,
+        max_queue: int = 4096,
+        deadline_ms: float | None = None,
+    ) -> None:
+        self._setup = _make_setup(model, features, samplers)
+        routes = list(self._setup.samplers)
+        if router is None and len(routes) > 1:
+            raise ValueError(f"samplers has routes {', '.join(routes)}: pass a router")
+        if router is not None:
+            require_routes(router, routes)
+        if max_queue < 1 or max_batch_psgs <= 0 or max_wait_ms < 0:
+            raise ValueError(
+                "max_queue must be at least 1, max_batch_psgs positive, max_wait_ms not negative"
+            )
+        self._router = router
+        self._max_batch_psgs = max_batch_psgs
+        self._max_wait_s = max_wait_ms / 1e3
+        self._max_queue = max_queue
+        self._deadline_s = None if deadline_ms is None else deadline_ms / 1e3
+        self._changed = threading.Condition()
+        self._queue: deque[_Request] = deque()
+        self._deadlines: list[_Request] = []
+        self._number = itertools.count()
+        self._accepting, self._stopping = True, False
+        self._in_flight: dict[int, _Request] = {}
+        self._accepted = self._rejected = self._failed = self._completed = 0
+        self._per_route = dict.fromkeys(routes, 0)
+        self._second_per_psgs = 1e-7
+        self._lanes = {route: _Lane(self, route) for route in routes}
+        self._dispatcher = threading.Thread(target=self._dispatch, name="pyg_quiver-dispatch", daemon=True)
+        self._dispatcher.start()
+
+    def submit(
+        self, node: Tensor, *, request_id: int | None = None, deadline_ms: float | None = None
+    ) -> Future[Response]:
+        """Ask for the outputs of some nodes.
+
+        Args:
+            node: int64 ``[n]``.
+            request_id: part of the answer's randomness; consecutive numbers when absent.
+            deadline_ms: milliseconds from now.
+
+        Returns:
+            A Future that resolves exactly once; ``cancel()`` works until its batch starts.
+
+        Raises:
+            IndexError: a node that is not in the graph.
+            EngineOverloaded: the queue is full.
+            RuntimeError: the engine is closed or all its workers died.
+        """
+        node = torch.as_tensor(node, dtype=torch.int64).cpu()
+        setup = self._setup
+        _check_request(node, setup.psgs.numel())
+        psgs = float(setup.psgs[node].sum())
+        limit = self._deadline_s if deadline_ms is None else deadline_ms / 1e3
+        now = time.perf_counter()
+        with self._changed:
+            if not self._accepting:
+                raise RuntimeError("InferenceEngine is closed")
+            if all(lane.dead for lane in self._lanes.values()):
+                raise RuntimeError(
+                    f"all workers died: {', '.join(lane.name for lane in self._lanes.values())}"
+                )
+            if len(self._queue) >= self._max_queue:
+                self._rejected += 1
+                waiting = sum(request.psgs for request in self._queue)
+                retry = max(waiting * self._second_per_psgs / len(self._lanes), 1e-3)
+                raise EngineOverloaded(
+                    f"{len(self._queue)} requests are waiting (max_queue); retry in {retry:.3f} s", retry
+                )
+            number = next(self._number)
+            request = _Request(
+                float("inf") if limit is None else now + limit, number,
+                number if request_id is None else request_id, node, psgs, now, Future(),
+            )  # fmt: skip
+            self._accepted += 1
+            self._queue.append(request)
+            if limit is not None:
+                heapq.heappush(self._deadlines, request)
+            self._changed.notify_all()
+        return request.future
+
+    def infer(self, node: Tensor, *, request_id: int = 0) -> Tensor:
+        """The answer that :meth:`submit` would give, computed here and now: ``[len(node), C]``."""
+        node = torch.as_tensor(node, dtype=torch.int64).cpu()
+        setup = self._setup
+        _check_request(node, setup.psgs.numel())
+        route = next(iter(setup.samplers))
+        return _answer(setup, route, node, torch.zeros_like(node), [request_id])
+
+    def stats(self) -> EngineStats:
+        """Counts of requests so far."""
+        with self._changed:
+            return EngineStats(
+                self._accepted, self._rejected, self._failed, self._completed, dict(self._per_route)
+            )
+
+    def reload(
+        self,
+        *,
+        model: Any = None,
+        features: QuiverFeatureStore | Tensor | None = None,
+        samplers: QuiverSampler | Mapping[str, QuiverSampler] | None = None,
+    ) -> None:
+        """Replace model, features or graph without dropping a request: later batches use the new ones.
+
+        Raises:
+            ValueError: samplers of other routes.
+        """
+        old = self._setup
+        new = _make_setup(
+            old.model if model is None else model,
+            old.features if features is None else features,
+            old.samplers if samplers is None else samplers,
+            None if samplers is not None else old.psgs,
+        )
+        if set(new.samplers) != set(old.samplers):
+            raise ValueError(f"samplers has routes {sorted(new.samplers)}, the engine {sorted(old.samplers)}")
+        self._setup = new
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Stop accepting, finish what is waiting (or refuse it), end all threads. Idempotent.
+
+        Args:
+            drain: answer waiting requests first; otherwise they fail with RuntimeError.
+            timeout_s: how long to drain; what is left then fails likewise.
+        """
+        with self._changed:
+            self._accepting = False
+            if drain:
+                self._changed.wait_for(lambda: not self._queue and not self._in_flight, timeout_s)
+            self._stopping = True
+            refused = [*self._queue, *self._in_flight.values()]
+            self._queue.clear()
+            self._changed.notify_all()
+        for request in refused:
+            self._fail(request, RuntimeError("InferenceEngine is closed"))
+        self._dispatcher.join()
+        for lane in self._lanes.values():
+            lane.stop(timeout_s)
+
+    def __enter__(self) -> InferenceEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Dispatching.
+
+    def _dispatch(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._something_to_do, self._seconds_to_deadline())
+                expired = self._expired()
+                batch: list[_Request] = []
+                if self._stopping and not self._queue:
+                    stop = True
+                else:
+                    stop = False
+                    batch = self._next_batch()
+            for request in expired:
+                self._fail(request, TimeoutError(f"request {request.request_id} missed its deadline"))
+            if stop:
+                return
+            if batch:
+                self._send(batch)
+
+    def _something_to_do(self) -> bool:
+        if self._stopping or (self._deadlines and self._deadlines[0].deadline <= time.perf_counter()):
+            return True
+        return bool(self._queue) and any(lane.has_room for lane in self._lanes.values())
+
+    def _seconds_to_deadline(self) -> float | None:
+        return max(self._deadlines[0].deadline - time.perf_counter(), 0.0) if self._deadlines else None
+
+    def _expired(self) -> list[_Request]:
+        now, out = time.perf_counter(), []
+        while self._deadlines and (self._deadlines[0].deadline <= now or self._deadlines[0].future.done()):
+            request = heapq.heappop(self._deadlines)
+            if not request.future.done():
+                out.append(request)
+        if out:
+            gone = {id(request) for request in out}
+            self._queue = deque(request for request in self._queue if id(request) not in gone)
+        return out
+
+    def _next_batch(self) -> list[_Request]:
+        """Take requests up to the work of a batch, waiting a little for more; called with the lock held."""
+        while self._queue and self._queue[0].future.done():
+            _acknowledge(self._queue.popleft())
+        if not self._queue or not any(lane.has_room for lane in self._lanes.values()):
+            return []
+        ready_at = self._queue[0].submitted + self._max_wait_s
+        self._changed.wait_for(
+            lambda: self._stopping or sum(request.psgs for request in self._queue) >= self._max_batch_psgs,
+            max(ready_at - time.perf_counter(), 0.0),
+        )
+        batch: list[_Request] = []
+        work = 0.0
+        while self._queue and (not batch or work + self._queue[0].psgs <= self._max_batch_psgs):
+            request = self._queue.popleft()
+            if request.future.done():
+                _acknowledge(request)
+                continue
+            batch.append(request)
+            work += request.psgs
+        self._in_flight.update((request.number, request) for request in batch)
+        return batch
+
+    def _send(self, batch: list[_Request]) -> None:
+        alive = {route: lane for route, lane in self._lanes.items() if not lane.dead}
+        if not alive:
+            self._finish_batch(batch, RuntimeError("all workers died"))
+            return
+        work = sum(request.psgs for request in batch)
+        if self._router is None:
+            route = next(iter(alive))
+        else:
+            free_at = {route: lane.free_at for route, lane in alive.items()}
+            route = self._router.choose(work, time.perf_counter(), free_at)
+        lane = alive.get(route) or next(iter(alive.values()))
+        lane.put(batch, work, self._predict(lane.route, work))
+
+    def _predict(self, route: str, work: float) -> float:
+        if isinstance(self._router, EarliestFinishRouter):
+            return self._router.cost[route].predict(work)
+        return work * self._second_per_psgs
+
+    # Results.
+
+    def _run(self, lane: _Lane, batch: list[_Request]) -> None:
+        setup, started = self._setup, time.perf_counter()
+        running = []
+        for request in batch:
+            if request.future.done() or not request.future.set_running_or_notify_cancel():
+                continue
+            running.append(request)
+        if running:
+            node = torch.cat([request.node for request in running])
+            sizes = torch.tensor([request.node.numel() for request in running])
+            group = torch.repeat_interleave(torch.arange(len(running)), sizes)
+            output = _answer(setup, lane.route, node, group, [request.request_id for request in running])
+            done = time.perf_counter()
+            for request, part in zip(running, output.split(sizes.tolist()), strict=True):
+                self._resolve(request, lane.route, part, started, done)
+        with self._changed:
+            work = sum(request.psgs for request in batch)
+            if work:
+                seconds = (time.perf_counter() - started) / work
+                self._second_per_psgs += _SMOOTHING * (seconds - self._second_per_psgs)
+
+    def _resolve(self, request: _Request, route: str, output: Tensor, started: float, done: float) -> None:
+        response = Response(
+            request.request_id, output, route, request.psgs, started - request.submitted, done - started
+        )
+        try:
+            request.future.set_result(response)
+        except InvalidStateError:  # its deadline passed while it ran
+            return
+        with self._changed:
+            self._completed += 1
+            self._per_route[route] += 1
+
+    def _fail(self, request: _Request, error: BaseException) -> None:
+        try:
+            request.future.set_exception(error)
+        except InvalidStateError:
+            return
+        with self._changed:
+            self._failed += 1
+
+    def _finish_batch(self, batch: list[_Request], error: BaseException | None = None) -> None:
+        if error is not None:
+            for request in batch:
+                if not request.future.cancelled():
+                    self._fail(request, error)
+        with self._changed:
+            for request in batch:
+                self._in_flight.pop(request.number, None)
+            self._changed.notify_all()
+
+
+class _Lane:
+    """One route: a thread that runs batches in order."""
+
+    def __init__(self, engine: InferenceEngine, route: str) -> None:
+        self.route = route
+        self.name = f"pyg_quiver-{route}"
+        self.free_at = 0.0
+        self.dead = False
+        self._engine = engine
+        self._batches: deque[tuple[list[_Request], float] | None] = deque()
+        self._ready = threading.Condition()
+        self._busy = False
+        self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+        self._thread.start()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a batch sent now would start next."""
+        return not self.dead and len(self._batches) < _BATCHES_AHEAD
+
+    def put(self, batch: list[_Request], work: float, seconds: float) -> None:
+        with self._ready:
+            self.free_at = max(self.free_at, time.perf_counter()) + seconds
+            self._batches.append((batch, seconds))
+            self._ready.notify()
+
+    def stop(self, timeout_s: float | None) -> None:
+        with self._ready:
+            self._batches.append(None)
+            self._ready.notify()
+        self._thread.join(timeout_s)
+
+    def _take(self) -> tuple[list[_Request], float] | None:
+        with self._ready:
+            self._ready.wait_for(lambda: bool(self._batches))
+            item = self._batches.popleft()
+        with self._engine._changed:  # there is room at this route again
+            self._engine._changed.notify_all()
+        return item
+
+    def _work(self) -> None:
+        while (item := self._take()) is not None:
+            batch, _ = item
+            error: BaseException | None = None
+            try:
+                self._engine._run(self, batch)
+            except Exception as problem:
+                error = problem
+            except BaseException as problem:
+                self.dead = True
+                error = RuntimeError(f"worker {self.name} died: {problem!r}")
+                error.__cause__ = problem
+            self._engine._finish_batch(batch, error)
+            if self.dead:
+                break
+            with self._ready:
+                if not self._batches:
+                    self.free_at = time.perf_counter()
+        while self.dead and self._batches:
+            left = self._batches.popleft()
+            if left is not None:
+                self._engine._finish_batch(left[0], RuntimeError(f"worker {self.name} died"))
+
+
+def _make_setup(
+    model: Any,
+    features: QuiverFeatureStore | Tensor,
+    samplers: QuiverSampler | Mapping[str, QuiverSampler],
+    psgs: Tensor | None = None,
+) -> _Setup:
+    if isinstance(samplers, QuiverSampler):
+        samplers = {"gpu" if samplers.mode != "cpu" else "cpu": samplers}
+    if not samplers:
+        raise ValueError("samplers is empty: pass a QuiverSampler or a mapping from route to sampler")
+    if psgs is None:
+        psgs = next(iter(samplers.values())).psgs().cpu()
+    return _Setup(model, features, dict(samplers), psgs)
+
+
+def _acknowledge(request: _Request) -> None:
+    """Tell those who wait for a cancelled request."""
+    if request.future.cancelled():
+        request.future.set_running_or_notify_cancel()
+
+
+def _check_request(node: Tensor, num_nodes: int) -> None:
+    if node.dim() != 1 or node.numel() == 0:
+        raise ValueError(f"node is {tuple(node.shape)}; it must be one or more node ids, [n]")
+    low, high = (int(bound) for bound in torch.aminmax(node))
+    if low < 0 or high >= num_nodes:
+        raise IndexError(f"node {low if low < 0 else high} is out of range [0, {num_nodes})")
+
+
+def _answer(setup: _Setup, route: str, node: Tensor, group: Tensor, keys: list[int]) -> Tensor:
+    """Outputs of the seeds, on the CPU: sample every group, read each distinct row once, run the model."""
+    sampled = setup.samplers[route].sample_groups(node, group, keys)
+    x = _rows(setup.features, sampled.node)
+    edge_index = torch.stack([sampled.row, sampled.col]).to(x.device)
+    with torch.inference_mode():
+        out = setup.model(x, edge_index, **_hop_arguments(setup.model, sampled))
+    return out[: node.numel()].float().cpu()
+
+
+def _rows(features: QuiverFeatureStore | Tensor, node: Tensor) -> Tensor:
+    distinct, inverse = node.unique(return_inverse=True)
+    if isinstance(features, Tensor):
+        return features[distinct.to(features.device)][inverse.to(features.device)]
+    rows = features.get_tensor(group_name=None, attr_name="x", index=distinct)
+    return rows[inverse.to(rows.device)]
+
+
+def _hop_arguments(model: Any, sampled: Sampled) -> dict[str, list[int]]:
+    forward = getattr(model, "forward", model)
+    try:
+        names = inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return {}
+    given = {
+        "num_sampled_nodes_per_hop": sampled.nodes_per_hop,
+        "num_sampled_edges_per_hop": sampled.edges_per_hop,
+    }
+    return {name: value for name, value in given.items() if name in names}

@@ -260,6 +260,12 @@ def _measure(records: Records, axis: Axis, baseline: str, arm: str) -> Row:
     both = {b.block for b in records.blocks.get(baseline, [])} & {
         b.block for b in records.blocks.get(arm, [])
     }
+    check_item_ids(
+        {
+            name: [sample.item for sample in records.samples.get(name, []) if sample.block in both]
+            for name in (baseline, arm)
+        }
+    )
     row = Row(
         axis.name,
         arm,
@@ -314,13 +320,9 @@ def _accuracy_difference(records: Records, axis: Axis, baseline: str, arm: str, 
         return paired_difference(
             {b: first[b] for b in shared}, {b: second[b] for b in shared}, confidence=confidence
         )
-    ids = {
-        name: [sample.item for sample in records.samples[name] if sample.block in both]
-        for name in (baseline, arm)
-    }
-    check_item_ids(ids)
     before, after = item_scores(records, baseline, axis.name), item_scores(records, arm, axis.name)
-    known = [item for item in ids[baseline] if item in before and item in after]
+    ids = [sample.item for sample in records.samples[baseline] if sample.block in both]
+    known = [item for item in ids if item in before and item in after]
     return paired_difference(
         {item: before[item] for item in known}, {item: after[item] for item in known}, confidence=confidence
     )
@@ -445,5 +447,6 @@ def _merged(old: Records, new: Records, arm: str) -> Records:
         arms={name: side.arms[arm] for name, side in sides if arm in side.arms},
         blocks={name: side.blocks[arm] for name, side in sides},
         samples={name: side.samples[arm] for name, side in sides},
+        slots=("old", "new"),
         failures={},
     )

@@ -207,7 +207,9 @@ def _open_question(row: Row) -> str:
     """An axis without a verdict: its name and why, since its figure is not to be relied on."""
     if row.estimate is None:
         return f"{title(row.axis)} (not measured)"
-    return f"{title(row.axis)} ({'noisy run' if row.verdict == 'noisy' else 'interval too wide'})"
+    if row.verdict != "noisy":
+        return f"{title(row.axis)} (interval too wide)"
+    return f"{title(row.axis)} ({'noisy run' if row.effect == 'ratio' else 'too few items'})"
 
 
 def _phrase(row: Row, axis: Axis) -> str:

@@ -177,6 +177,23 @@ def _generation(output: Any) -> Generation:
     return Generation(tuple(completion.token_ids), completion.text, ttft, tpot)
 
 
+def score_continuations(
+    llm: LLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation of a context (token ids), and whether it is the greedy one."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [*context, *continuation]} for context, continuation in pairs]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    results = []
+    for output, (context, continuation) in zip(outputs, pairs, strict=True):
+        entries = output.prompt_logprobs[len(context) :]
+        chosen = [entry[token] for entry, token in zip(entries, continuation, strict=True)]
+        results.append((sum(item.logprob for item in chosen), all(item.rank == 1 for item in chosen)))
+    return results
+
+
 def facts(llm: LLM) -> dict[str, Any]:
     """What the records need to know of the engine, as JSON values."""
     import vllm

@@ -76,6 +76,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("config", metavar="CONFIG", nargs="?", type=Path)
 
+    plan = _command(commands, "plan", _plan, "say which machines serve a model at a time per output token")
+    plan.add_argument("model", metavar="MODEL", type=Path, help="a config.json or the folder that holds it")
+    plan.add_argument("--tpot", metavar="SECONDS", type=float, required=True, help="time per output token")
+    plan.add_argument("--batch", metavar="N", type=int, default=1, help="requests decoded together (1)")
+    plan.add_argument("--context", metavar="N", type=int, default=1024, help="cached tokens of each (1024)")
+    plan.add_argument(
+        "--s-mbu", metavar="SHARE", type=float, default=1.0, help="bandwidth the engine reaches (1)"
+    )
+    plan.add_argument(
+        "--s-mfu", metavar="SHARE", type=float, default=1.0, help="compute the engine reaches (1)"
+    )
+    plan.add_argument(
+        "--hardware", metavar="NAME", action="append", help="a profile or its file; default: all"
+    )
+    plan.add_argument("--costs", metavar="FILE", type=Path, help="YAML: profile name -> cost section")
+
     gate = _command(commands, "gate", _gate, "fail when a run is worse than an earlier one")
     gate.add_argument("records", metavar="DIR", type=Path)
     gate.add_argument("--against", metavar="DIR", type=Path, required=True)
@@ -159,6 +175,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
     checks = diagnose(arguments.config)
     print(doctor_text(checks), end="")
     return 0 if all(check.ok for check in checks if check.required) else 1
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from moecap_eval.hardware import list_profiles, load_hardware
+    from moecap_eval.model_spec import ModelSpec
+    from moecap_eval.plan import plan, read_costs
+    from moecap_eval.report.table import plan_text
+
+    rows = plan(
+        ModelSpec.from_config(arguments.model),
+        [load_hardware(name) for name in arguments.hardware or list_profiles()],
+        tpot_s=arguments.tpot,
+        batch=arguments.batch,
+        context=arguments.context,
+        s_mbu=arguments.s_mbu,
+        s_mfu=arguments.s_mfu,
+        costs=read_costs(arguments.costs) if arguments.costs else None,
+    )
+    print(plan_text(rows, s_mbu=arguments.s_mbu, s_mfu=arguments.s_mfu), end="")
+    return 0
 
 
 def _gate(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,8 +50,36 @@ def hardware(config: Path | None = None) -> Iterator[str]:
         )
 
 
+def tasks(config: Path | None) -> Iterator[str]:
+    """The tasks of a config with their number of items, or the groups that lm_eval knows."""
+    if config is None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise ValueError(
+                "without a CONFIG, tasks are lm_eval's: pip install graft-plugins[eval]"
+            ) from None
+        yield from (f"lm_eval:{name}" for name in sorted(TaskManager().all_groups))
+        return
+    from moecap_eval.config import load_config
+
+    loaded = load_config(config)
+    items = load_workload(loaded.workload).items(loaded.workload_params, loaded.seed)
+    counts = Counter(item.id.partition("/")[0] for item in items[: loaded.limit])
+    yield from (f"{name}  {count} items" for name, count in counts.items())
+
+
+def export_task(task: str, folder: str) -> str:
+    """Write an lm_eval generation task as JSONL files; returns a line that names them."""
+    from moecap_eval.tasks.lm_eval_bridge import export_jsonl
+
+    paths = export_jsonl(task.removeprefix("lm_eval:"), folder)
+    return f"written: {', '.join(str(path) for path in paths)}"
+
+
 LISTS: dict[str, Callable[[Path | None], Iterator[str]]] = {
     "workloads": workloads,
+    "tasks": tasks,
     "hardware": hardware,
     "arms": arms,
 }

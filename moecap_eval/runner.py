@@ -21,6 +21,7 @@ from moecap_eval.environment import (
     profile_json,
     write_environment,
 )
+from moecap_eval.memory import check_memory
 from moecap_eval.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -117,6 +118,9 @@ def run(
         raise ValueError(f"{blocks} blocks need at least {blocks} items, got {len(ids)}")
     profile = _load_profile(config)
     check_config(folder, config.digest)
+    shortage = None if profile.fast_tier == "hbm" else check_memory(config)
+    if shortage:
+        raise ValueError(shortage)
     header = {
         "config_digest": config.digest,
         "config": config.content,

@@ -58,9 +58,8 @@ def _why_unclear(comparison: Comparison, stories: list[ArmStory]) -> str:
     """What kept a run from a verdict, what it shows nevertheless, and what to do about it."""
     same = [name for name in stories[0].same if all(name in story.same for story in stories)]
     held = f" What holds for every arm: {_join(same)} is the same within the margin." if same else ""
-    noisy = sorted(
-        {row.axis for row in comparison.rows if row.verdict == "noisy"}, key=list(comparison.axes).index
-    )
+    rows = [row for row in comparison.rows if row.verdict == "noisy" and row.effect == "ratio"]
+    noisy = sorted({row.axis for row in rows}, key=list(comparison.axes).index)
     if not noisy:
         return f"No arm was shown to differ from it; more blocks or items would narrow the intervals.{held}"
     control = comparison.aa_control[noisy[0]]

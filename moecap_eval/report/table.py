@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from moecap_eval.comparison import Comparison, Row
 from moecap_eval.report.narrative import recommend, tell
-from moecap_eval.report.numbers import change, interval, number, p_value
+from moecap_eval.report.numbers import byte_size, change, interval, number, p_value, quantity
+
+if TYPE_CHECKING:
+    from moecap_eval.plan import PlanRow
 
 COLUMNS = ("axis", "arm", "baseline", "value", "unit", "change", "interval", "p", "verdict")
+UNKNOWN_CELL = "–"
 MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
 
 
@@ -45,6 +51,40 @@ def comparison_markdown(comparison: Comparison) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(_cells(comparison, row))} |" for row in _ordered(comparison)]
     return "\n".join([*lines, "", *(f"{line}  " for line in summary_lines(comparison))]) + "\n"
+
+
+def plan_text(rows: Sequence[PlanRow], *, s_mbu: float, s_mfu: float) -> str:
+    """A plan as a table with the demand and the assumed utilisation below it."""
+    names = (
+        "machine",
+        "meets it",
+        "limit",
+        "time per output token",
+        "memory needed / present",
+        "USD per 1e6 tokens",
+    )
+    table = Table(*names, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(
+            row.profile,
+            "yes" if row.meets else "no",
+            row.limit,
+            UNKNOWN_CELL if row.tpot_s is None else f"{1e3 * row.tpot_s:.3g} ms",
+            f"{byte_size(row.resident_bytes)} / {byte_size(row.memory_bytes)}",
+            UNKNOWN_CELL if row.usd_per_million is None else number(row.usd_per_million),
+        )
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(table)
+    if rows:
+        bandwidth, compute = (
+            quantity(rows[0].needed_bytes_per_s, "B/s"),
+            quantity(rows[0].needed_flops_per_s, "FLOP/s"),
+        )
+        console.print(f"needed of one device: {bandwidth} and {compute}", highlight=False)
+    bound = " (the bound that no engine can beat)" if s_mbu == s_mfu == 1 else ""
+    console.print(f"assumed: S-MBU {s_mbu:g}, S-MFU {s_mfu:g}{bound}; uniform routing", highlight=False)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def summary_lines(comparison: Comparison) -> list[str]:

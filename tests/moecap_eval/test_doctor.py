@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from moecap_eval import parse_config
-from moecap_eval.doctor import ARM_OVERHEAD_BYTES, check_memory, diagnose, doctor_text, memory_needed
+from moecap_eval.doctor import diagnose, doctor_text
+from moecap_eval.memory import ARM_OVERHEAD_BYTES, check_memory, memory_needed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_runs import config_data, moecap, write_config
@@ -65,7 +66,7 @@ def test_memory_is_counted_per_arm_that_stays_loaded(tmp_path, monkeypatch):
     data["params"]["model"] = "model"
     config = parse_config(data, tmp_path)
     assert memory_needed(config) == 2 * (1024 + ARM_OVERHEAD_BYTES)
-    monkeypatch.setattr("moecap_eval.doctor.total_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr("moecap_eval.memory.total_memory_bytes", lambda: 2**30)
     assert check_memory(config) == (
         "2 arms need at least 2.0 GiB, 1.0 GiB are present; set compare.keep_alive: false"
     )

@@ -66,8 +66,7 @@ class PassCounters:
         shape = (num_layers, max_rows, max(top_k, 1))
         self._ids = torch.full(shape, num_experts, dtype=torch.int32, device=device)
         self._token_seen = torch.zeros(vocab_size, dtype=torch.int32, device=device)
-        self._clock: _HostClock | _CudaClock
-        self._clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
+        self._clock = _CudaClock() if device.type == "cuda" else _HostClock()
 
     def capture(self, slot: int) -> Callable[[Tensor], None]:
         """The function that layer ``slot`` calls with its expert ids, ``[rows, top_k]``."""
@@ -131,6 +130,51 @@ class PassCounters:
         ]
 
 
+class HostPassCounters(PassCounters):
+    """The same counts for routers that run on the host, where NumPy's small calls are several times cheaper.
+
+    Host passes are never padded.
+    """
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes, padded_rows=0, device=torch.device("cpu"))
+        self._clock = self._host_clock = _HostClock()
+        self._host_ids = self._ids.numpy()
+        self._offsets = (np.arange(self._num_layers) * (self._num_experts + 1))[:, None, None]
+
+    def capture(self, slot: int) -> Callable[[Tensor], None]:
+        """The function that layer ``slot`` calls with its expert ids, ``[rows, top_k]``."""
+
+        def copy_ids(topk_ids: Tensor) -> None:
+            if self._active:
+                start = self._rows_seen[slot]
+                end = min(start + topk_ids.shape[0], self._max_rows)
+                self._host_ids[slot, start:end] = topk_ids.numpy()[: end - start]
+                self._rows_seen[slot] = end
+
+        return copy_ids
+
+    def begin(self) -> None:
+        """Forget the last pass and start the clock."""
+        self._rows_seen = [0] * self._num_layers
+        self._active = True
+        self._clock.begin()
+
+    def end(self, rows: int, input_ids: Tensor) -> None:
+        """Stop the clock and reduce the pass of ``rows`` rows and their ``input_ids``."""
+        self._clock.end()
+        self._active = False
+        for slot, seen in enumerate(self._rows_seen):
+            self._host_ids[slot, seen:rows] = self._num_experts
+        bins = self._num_experts + 1
+        flat = (self._host_ids[:, :rows] + self._offsets).ravel()
+        counts = np.bincount(flat, minlength=self._num_layers * bins).reshape(self._num_layers, bins)
+        counts = counts[:, : self._num_experts].astype(np.int32)
+        distinct_tokens = np.unique(input_ids[:rows].numpy()).size
+        parts = (counts.ravel(), (counts > 0).sum(axis=1), [distinct_tokens])
+        self._host_clock.submit_host(np.concatenate(parts).astype(np.int32))
+
+
 class _HostClock:
     """Times passes that are complete when the call returns."""
 
@@ -148,7 +192,10 @@ class _HostClock:
         self._seconds = time.perf_counter() - self._start
 
     def submit(self, values: Tensor) -> None:
-        self._finished.append((self._seconds, values.numpy().copy()))
+        self.submit_host(values.numpy().copy())
+
+    def submit_host(self, values: np.ndarray) -> None:
+        self._finished.append((self._seconds, values))
 
     def take(self) -> list[tuple[float, np.ndarray]]:
         finished, self._finished = self._finished, []
@@ -158,10 +205,8 @@ class _HostClock:
 class _CudaClock:
     """Times passes by events and brings their counts to the host through pinned buffers."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._free: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
-        self._pinned: dict[int, Tensor] = {}
         self._in_flight: deque[tuple[tuple[torch.cuda.Event, ...], Tensor]] = deque()
         self._buffers: list[Tensor] = []
         self._finished: list[tuple[float, np.ndarray]] = []

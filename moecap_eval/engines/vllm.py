@@ -64,6 +64,7 @@ def open_llm(model: str, *, profile: bool = True, moved_bytes: str | None = None
         raise ValueError("worker_cls is set by profiling: pass profile=False to choose a worker")
     llm = LLM(model=model, worker_cls=CPU_WORKER if on_cpu else GPU_WORKER, **engine_args)
     _configure(llm, moved_bytes)
+    drain_steps(llm)  # passes of vLLM's own warm-up
     return llm
 
 

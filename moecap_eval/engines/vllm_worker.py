@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecap_eval.engines.counters import PassCounters, PassCounts
+from moecap_eval.engines.counters import HostPassCounters, PassCounters, PassCounts
 
 CPU_WORKER = f"{__name__}.ProfilingCPUWorker"
 GPU_WORKER = f"{__name__}.ProfilingGPUWorker"
@@ -111,15 +111,17 @@ class _Recorder:
         self._top_k = self._layers[0].router.top_k if self._layers else 0
         num_experts = _num_logical_experts(self._layers[0]) if self._layers else 0
         padded_rows = config.compilation_config.max_cudagraph_capture_size or 0
-        self._counters = PassCounters(
-            num_layers=len(self._layers),
-            num_experts=num_experts,
-            top_k=self._top_k,
-            max_rows=max(config.scheduler_config.max_num_batched_tokens, padded_rows),
-            padded_rows=padded_rows if worker.device.type == "cuda" else 0,
-            vocab_size=config.model_config.get_vocab_size(),
-            device=worker.device,
-        )
+        sizes = {
+            "num_layers": len(self._layers),
+            "num_experts": num_experts,
+            "top_k": self._top_k,
+            "max_rows": max(config.scheduler_config.max_num_batched_tokens, padded_rows),
+            "vocab_size": config.model_config.get_vocab_size(),
+        }
+        if worker.device.type == "cpu":
+            self._counters: PassCounters = HostPassCounters(**sizes)
+        else:
+            self._counters = PassCounters(**sizes, padded_rows=padded_rows, device=worker.device)
         self._bound: list[Callable[[Tensor], None]] = []
         self._bind()
         self._input_ids = _input_ids_source(self._runner)

@@ -7,7 +7,43 @@ Names are imported when first used, so that importing this package costs nothing
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moecap_eval.accounting import Breakdown, mbu, mfu, s_mbu, s_mfu, step_bytes, step_flops
+    from moecap_eval.comparison import Comparison, Row, compare
+    from moecap_eval.config import CompareConfig, HardwareConfig, RunConfig, load_config, parse_config
+    from moecap_eval.cost import CostModel
+    from moecap_eval.hardware import Figure, HardwareProfile, MemoryTier, Peaks, load_hardware, measure_peaks
+    from moecap_eval.load import LoadReport, open_loop, poisson_arrivals
+    from moecap_eval.model_spec import LayerSpec, ModelSpec
+    from moecap_eval.records import RecordLog, Records, read_records
+    from moecap_eval.registry import list_workloads, load_workload
+    from moecap_eval.report import write_report
+    from moecap_eval.routing import RoutingTrace, expected_distinct_experts
+    from moecap_eval.runner import RunSummary, block_order, run
+    from moecap_eval.stats import (
+        Estimate,
+        holm,
+        judge,
+        mcnemar_exact,
+        paired_difference,
+        paired_ratio,
+        ratio_of_sums,
+        wilson_interval,
+    )
+    from moecap_eval.tasks import load_items
+    from moecap_eval.workload import (
+        ArmConfig,
+        Axis,
+        BlockResult,
+        Item,
+        RunContext,
+        Sample,
+        StepRecord,
+        System,
+        Workload,
+    )
 
 _EXPORTS = {
     "workload": (
@@ -47,7 +83,64 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = [
+    "ArmConfig",
+    "Axis",
+    "BlockResult",
+    "Breakdown",
+    "CompareConfig",
+    "Comparison",
+    "CostModel",
+    "Estimate",
+    "Figure",
+    "HardwareConfig",
+    "HardwareProfile",
+    "Item",
+    "LayerSpec",
+    "LoadReport",
+    "MemoryTier",
+    "ModelSpec",
+    "Peaks",
+    "RecordLog",
+    "Records",
+    "RoutingTrace",
+    "Row",
+    "RunConfig",
+    "RunContext",
+    "RunSummary",
+    "Sample",
+    "StepRecord",
+    "System",
+    "Workload",
+    "block_order",
+    "compare",
+    "expected_distinct_experts",
+    "holm",
+    "judge",
+    "list_workloads",
+    "load_config",
+    "load_hardware",
+    "load_items",
+    "load_workload",
+    "mbu",
+    "mcnemar_exact",
+    "measure_peaks",
+    "mfu",
+    "open_loop",
+    "paired_difference",
+    "paired_ratio",
+    "parse_config",
+    "poisson_arrivals",
+    "ratio_of_sums",
+    "read_records",
+    "run",
+    "s_mbu",
+    "s_mfu",
+    "step_bytes",
+    "step_flops",
+    "wilson_interval",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One machine. ``limit`` is what binds; ``tpot_s`` and ``usd_per_million`` (tokens) are None where unknown.
+    """One machine. ``limit`` binds; ``tpot_s`` and ``usd_per_million`` (tokens) are None where unknown.
 
     Both are at the speed the machine reaches, which may be better than the wanted one.
     """

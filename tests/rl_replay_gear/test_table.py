@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -109,7 +111,7 @@ def test_gr03_ten_thousand_writes_keep_content_and_fill_the_capacity():
         number, length = kept[handle]
         assert table.read(handle)["x"].tolist() == [number] * length
     starts = sorted(zip(table.index.start[table.index.ordered()], table.lengths().tolist(), strict=True))
-    assert all(a + n <= b for (a, n), (b, _) in zip(starts, starts[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(starts))
 
 
 @settings(max_examples=50, deadline=None)

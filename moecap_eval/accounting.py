@@ -102,7 +102,7 @@ def s_mbu(
 def mbu(spec: ModelSpec, steps: Sequence[StepRecord], peak_bytes_per_s: float) -> float:
     """Model bandwidth utilisation as if every expert were read in every pass; equals S-MBU for a dense model.
 
-    It overstates sparse models and may pass 1 for them, so that case is returned, not refused.
+    It overstates sparse models, at times beyond 1; that is an error, as everywhere.
     """
     return _utilisation(
         "MBU",
@@ -110,7 +110,6 @@ def mbu(spec: ModelSpec, steps: Sequence[StepRecord], peak_bytes_per_s: float) -
         steps,
         peak_bytes_per_s,
         lambda step: step_bytes(spec, _all_experts(spec, step)).total,
-        limit=not spec.moe_layers,
     )
 
 
@@ -130,7 +129,6 @@ def mfu(spec: ModelSpec, steps: Sequence[StepRecord], peak_flops_per_s: float) -
         steps,
         peak_flops_per_s,
         lambda step: step_flops(every_expert, step).total,
-        limit=not spec.moe_layers,
     )
 
 
@@ -140,8 +138,6 @@ def _utilisation(
     steps: Iterable[StepRecord],
     peak: float,
     amount: Callable[[StepRecord], int],
-    *,
-    limit: bool = True,
 ) -> float:
     if peak <= 0:
         raise ValueError(f"{name}: the peak must be positive, got {peak:g} {unit}")
@@ -154,10 +150,11 @@ def _utilisation(
     if seconds <= 0:
         raise ValueError(f"{name} is unknown: no passes were recorded")
     value = total / seconds / peak
-    if limit and value > 1:
-        raise ValueError(
-            f"{name} {value:.3f} > 1: peak {peak:.1e} {unit} is too low or the model fits in the cache"
-        )
+    if value > 1:
+        cause = f"peak {peak:.1e} {unit} is too low or the model fits in the cache"
+        if not name.startswith("S-"):
+            cause += f", or {name} counts experts that no token used (see S-{name})"
+        raise ValueError(f"{name} {value:.3f} > 1: {cause}")
     return value
 
 

@@ -68,6 +68,17 @@ def open_llm(model: str, *, profile: bool = True, moved_bytes: str | None = None
     return llm
 
 
+def limit_threads(count: int) -> None:
+    """Run engines of this process on ``count`` CPU threads; call it before ``open_llm``.
+
+    vLLM leaves the number alone where ``OMP_NUM_THREADS`` states it; its CPU worker refuses later changes.
+    """
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
 def _on_cpu() -> bool:
     import torch
 

@@ -34,18 +34,23 @@ _DEFAULTS: Mapping[str, Any] = {
     "limit": None,
     "max_new_tokens": 32,
     "concurrency": 32,
+    "threads": None,
 }
 
 
 @dataclass(frozen=True)
 class TextParams:
-    """The ``params`` section of a text workload, checked."""
+    """The ``params`` section of a text workload, checked.
+
+    ``threads`` limits the threads of an engine on a CPU; small models are fastest, and steadiest, on one.
+    """
 
     model: str
     tasks: str
     limit: int | None
     max_new_tokens: int
     concurrency: int
+    threads: int | None = None
 
     @classmethod
     def from_mapping(cls, params: Mapping[str, Any]) -> TextParams:
@@ -57,9 +62,9 @@ class TextParams:
         for key in ("model", "tasks"):
             if not isinstance(values[key], str) or not values[key]:
                 raise ValueError(f"params.{key} is required: a path or a name, got {values[key]!r}")
-        for key in ("limit", "max_new_tokens", "concurrency"):
+        for key in ("limit", "max_new_tokens", "concurrency", "threads"):
             value = values[key]
-            if key == "limit" and value is None:
+            if key in ("limit", "threads") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"params.{key} must be a positive integer, got {value!r}")
@@ -106,8 +111,10 @@ class TextGeneration(Workload):
             **self.engine_arguments(arm),
         }
         _check_model(params.model)
-        from moecap_eval.engines.vllm import open_llm
+        from moecap_eval.engines.vllm import limit_threads, open_llm
 
+        if params.threads is not None:
+            limit_threads(params.threads)
         llm = open_llm(params.model, moved_bytes=self.moved_bytes, **arguments)
         return self.system(llm, params, context.hardware, arm)
 

@@ -236,6 +236,8 @@ def test_cap07_impossible_or_unknown_utilisation_is_an_error() -> None:
         s_mbu(spec, [step], nbytes / 1.13)
     with pytest.raises(ValueError, match=r"S-MFU .* > 1"):
         s_mfu(spec, [step], 1.0)
+    with pytest.raises(ValueError, match=r"MBU .* > 1: .* counts experts that no token used \(see S-MBU\)"):
+        mbu(spec, [step], nbytes * 1.01)
     with pytest.raises(ValueError, match="a pass is invalid: layer 0 saw 3 of 8"):
         s_mbu(spec, [step, replace(step, invalid="layer 0 saw 3 of 8")], 1e12)
     with pytest.raises(ValueError, match="no passes were recorded"):

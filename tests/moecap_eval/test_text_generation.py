@@ -40,6 +40,7 @@ def params(tmp_path_factory) -> dict:
         "limit": 10,
         "max_new_tokens": 5,
         "concurrency": 3,
+        "threads": 1,
     }
 
 
@@ -191,6 +192,7 @@ def test_cap14_lm_eval_multiple_choice_on_the_running_engine(system: TextSystem,
     [
         ({"concurency": 3}, r"params\.concurency: unknown key; did you mean 'concurrency'\?"),
         ({"concurrency": 0}, r"params\.concurrency must be a positive integer, got 0"),
+        ({"threads": 0}, r"params\.threads must be a positive integer, got 0"),
         ({"limit": "all"}, r"params\.limit must be a positive integer"),
         ({"model": None}, r"params\.model is required"),
     ],

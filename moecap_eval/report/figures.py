@@ -36,6 +36,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 12,
+    "axes.facecolor": "none",
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.linewidth": 0.8,

@@ -249,7 +249,7 @@ def accuracy_tasks(records: Records, comparison: Comparison) -> list[dict[str, A
                 )
             rows.append({"task": task, "cells": cells})
             marks[task] = dots
-        unit = f"{title(name)}: share of items right, with {100 * confidence:g} % Wilson interval"
+        unit = f"share of items right, {100 * confidence:g} % Wilson interval"
         sections.append({"axis": title(name), "rows": rows, "figure": figures.task_dots(marks, arms, unit)})
     return sections
 

@@ -115,14 +115,54 @@ def test_cap03_fp8_blocks_equal_the_transformers_layer() -> None:
     assert spec.layers[0].weight_bytes["dense_ffn"] == expected
 
 
-def test_cap03_mxfp4_experts_take_4_25_bits_each() -> None:
-    config = tiny.random_config("gpt_oss", 3, hidden_size=64, intermediate_size=32).to_dict()
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    spec = ModelSpec.from_config(config)
-    layer = spec.layers[0]
-    weights, biases = 64 * 64 + 32 * 64, 64 + 64
-    assert layer.expert_bytes == weights * 17 // 32 + biases * 2
+def test_cap03_mxfp4_experts_equal_the_transformers_layer() -> None:
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    config = tiny.random_config("gpt_oss", 3, hidden_size=64, intermediate_size=32)
+    options = config.to_dict()
+    options["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    layer = ModelSpec.from_config(options, weight_dtype="bfloat16").layers[0]
+    with torch.device("meta"):
+        module = Mxfp4GptOssExperts(config)
+    blocks = sum(p.numel() for name, p in module.named_parameters() if "bias" not in name)
+    biases = sum(p.numel() for name, p in module.named_parameters() if "bias" in name)
+    scales = blocks // 16  # one byte for 32 elements, which take 16 bytes
+    assert layer.weight_bytes["routed_experts"] == blocks + scales + 2 * biases
     assert layer.weight_bytes["attention"] == 2 * layer.params["attention"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_cap03_four_bit_groups_equal_the_stored_layout(method: str) -> None:
+    """As AutoGPTQ and AutoAWQ store them: packed weights, zeros, scales and, for GPTQ, a group index."""
+    options = {
+        **QWEN3_30B,
+        "num_hidden_layers": 1,
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_experts": 4,
+        "quantization_config": {"quant_method": method, "bits": 4, "group_size": 64},
+    }
+    layer = ModelSpec.from_config(options).layers[0]
+
+    def stored(inputs: int, outputs: int) -> int:
+        packed, zeros = inputs * outputs // 8, (inputs // 64) * (outputs // 8)
+        tensors = {torch.int32: packed + zeros, torch.float16: (inputs // 64) * outputs}
+        if method == "gptq":
+            tensors[torch.int32] += inputs
+        return sum(dtype.itemsize * count for dtype, count in tensors.items())
+
+    assert layer.expert_bytes == 2 * stored(256, 128) + stored(128, 256)
+    assert layer.weight_bytes["router"] == 2 * layer.params["router"]
+    assert layer.weight_bytes["norm"] == 2 * layer.params["norm"]
+
+
+def test_cap03_modules_left_out_of_quantisation_keep_their_dtype() -> None:
+    quantised = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.self_attn"]}
+    options = {**QWEN3_30B, "num_hidden_layers": 2, "quantization_config": quantised}
+    first, second = ModelSpec.from_config(options).layers
+    assert first.weight_bytes["attention"] == 2 * first.params["attention"]
+    assert second.weight_bytes["attention"] < first.weight_bytes["attention"]
+    assert first.weight_bytes["routed_experts"] == second.weight_bytes["routed_experts"]
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))

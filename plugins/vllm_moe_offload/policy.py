@@ -1,0 +1,147 @@
+"""Which expert loses its slot. An expert's key is ``layer * num_experts + expert``.
+
+A policy keeps the history of accesses and ranks candidates; the cache decides who is a candidate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Keys = Sequence[int] | npt.NDArray[np.int64]
+
+
+class EvictionPolicy(ABC):
+    """History of accesses plus a rank; the candidate of lowest rank is evicted, ties the oldest access.
+
+    Subclasses rank; they may extend the hooks, which the cache calls in this order: ``on_layer`` before a
+    layer is served, ``on_access`` for each of its distinct experts in ascending order, ``on_evict``.
+    """
+
+    name: str
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers, self.num_experts = num_layers, num_experts
+        self.layer = 0
+        self._now = 0
+        self._last_access = np.full(num_layers * num_experts, -1, dtype=np.int64)
+
+    def on_layer(self, layer: int, share: npt.NDArray[np.float64] | None) -> None:
+        """``layer`` is about to be served.
+
+        Args:
+            layer: its index.
+            share: predicted activation shares ``[layers, experts]`` of the step's requests, if there are any.
+        """
+        self.layer = layer
+
+    def on_access(self, key: int, hit: bool) -> None:
+        """The expert ``key`` was requested and ``hit`` says whether it was resident."""
+        self._last_access[key] = self._now
+        self._now += 1
+
+    def on_prefetch(self, key: int) -> None:
+        """The expert ``key`` was fetched ahead: as young as an access, but none."""
+        self._last_access[key] = self._now
+        self._now += 1
+
+    def on_evict(self, key: int) -> None:  # noqa: B027 - a hook, most policies need none
+        """The expert ``key`` lost its slot."""
+
+    def victim(self, candidates: Keys) -> int:
+        """The key among ``candidates`` to evict.
+
+        Raises:
+            ValueError: there is no candidate.
+        """
+        return int(self.victims(candidates, 1)[0])
+
+    def victims(self, candidates: Keys, count: int) -> npt.NDArray[np.int64]:
+        """The ``count`` keys that evicting one after the other would choose, first one first.
+
+        Raises:
+            ValueError: there are fewer candidates.
+        """
+        keys = np.asarray(candidates, dtype=np.int64)
+        if not 1 <= count <= len(keys):
+            raise ValueError(f"eviction: {count} victims asked for among {len(keys)} candidates")
+        rank = self._rank(keys)
+        age = self._last_access[keys]
+        if count < len(keys):
+            # Only the candidates at or below the count-th rank need sorting.
+            kept = np.flatnonzero(rank <= np.partition(rank, count - 1)[count - 1])
+            keys, rank, age = keys[kept], rank[kept], age[kept]
+        return keys[np.lexsort((keys, age, rank))[:count]]
+
+    @abstractmethod
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:
+        """Rank of each candidate; the lowest is evicted."""
+
+
+class LeastRecentlyUsed(EvictionPolicy):
+    """Evict the oldest access."""
+
+    name = "lru"
+
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._last_access[keys]
+
+
+class LeastFrequentlyUsed(EvictionPolicy):
+    """Evict the fewest accesses ever, counted also while absent."""
+
+    name = "lfu"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._accesses = np.zeros(num_layers * num_experts, dtype=np.int64)
+
+    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
+        super().on_access(key, hit)
+        self._accesses[key] += 1
+
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._accesses[keys]
+
+
+class ActivationAware(EvictionPolicy):
+    """MoE-Infinity: evict the least product of predicted share and layer proximity.
+
+    ``rank[l, e] = share[l, e] * (1 - ((l - layer) mod L) / L)`` with ``layer`` the running one: an expert of
+    the layer just passed is needed again only after all others. Without a prediction the oldest access goes.
+    """
+
+    name = "eam"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._share: npt.NDArray[np.float64] | None = None
+
+    def on_layer(self, layer: int, share: npt.NDArray[np.float64] | None) -> None:  # noqa: D102
+        super().on_layer(layer, share)
+        self._share = None if share is None else share.reshape(-1)
+
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        if self._share is None:
+            return np.zeros(len(keys))
+        ahead = (keys // self.num_experts - self.layer) % self.num_layers
+        return self._share[keys] * (1 - ahead / self.num_layers)
+
+
+_POLICIES: dict[str, type[EvictionPolicy]] = {
+    policy.name: policy for policy in (LeastRecentlyUsed, LeastFrequentlyUsed, ActivationAware)
+}
+
+
+def make_policy(name: str, num_layers: int, num_experts: int) -> EvictionPolicy:
+    """A fresh policy by name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in _POLICIES:
+        raise ValueError(f"moe_offload: policy must be one of {', '.join(sorted(_POLICIES))}; got {name!r}")
+    return _POLICIES[name](num_layers, num_experts)

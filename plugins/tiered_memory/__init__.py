@@ -1,4 +1,4 @@
-"""Memory below the GPU, shared by the plugins: pinned host memory, ordered copies, bandwidth probes.
+"""Memory below the GPU, shared by the plugins: pinned host memory, ordered copies, gathers, probes.
 
 Names are resolved on first use, so that importing the package touches no device and needs no Triton.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiered_memory.arena import PinnedArena
     from tiered_memory.copy_engine import Copy, CopyEngine, SimulatedClock, SimulatedCopyEngine
+    from tiered_memory.gather import gather_rows, gather_segments, peer_access, row_code
     from tiered_memory.probe import Bandwidth, measure_bandwidth
 
 __all__ = [
@@ -20,7 +21,11 @@ __all__ = [
     "PinnedArena",
     "SimulatedClock",
     "SimulatedCopyEngine",
+    "gather_rows",
+    "gather_segments",
     "measure_bandwidth",
+    "peer_access",
+    "row_code",
 ]
 
 _MODULE_OF = {
@@ -30,7 +35,11 @@ _MODULE_OF = {
     "PinnedArena": "arena",
     "SimulatedClock": "copy_engine",
     "SimulatedCopyEngine": "copy_engine",
+    "gather_rows": "gather",
+    "gather_segments": "gather",
     "measure_bandwidth": "probe",
+    "peer_access": "gather",
+    "row_code": "gather",
 }
 
 

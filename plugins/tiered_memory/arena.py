@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
 import threading
 import warnings
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _HUGE_PAGE = 2 << 20
 
 
 class _Mapping(mmap.mmap):
-    """Anonymous memory that is unregistered from CUDA before it is unmapped.
+    """Memory that is unregistered from CUDA before it is unmapped.
 
     Tensors made from it hold a reference, so it goes with the last of them.
     """
@@ -37,6 +38,26 @@ class _Mapping(mmap.mmap):
     def __del__(self) -> None:
         if self.registered_at:
             torch.cuda.cudart().cudaHostUnregister(self.registered_at)
+
+
+def _shared_memory(nbytes: int) -> int:
+    """Descriptor of ``nbytes`` of memory that other processes may map."""
+    if nbytes % _HUGE_PAGE == 0 and hasattr(os, "MFD_HUGETLB"):
+        fd = os.memfd_create("tiered_memory", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+        try:
+            os.ftruncate(fd, nbytes)
+            # Mapping reserves the pages, or fails: a later touch cannot run out of them.
+            _Mapping(fd, nbytes).close()
+            return fd
+        except OSError:
+            os.close(fd)
+    fd = os.memfd_create("tiered_memory", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, nbytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 class PinnedArena:
@@ -49,11 +70,15 @@ class PinnedArena:
         pinned: ``True``: page-locked or MemoryError. ``None``: page-locked where there is a CUDA device
             and the memory allows, else pageable (with one RuntimeWarning if there is a device).
             ``False``: pageable; :meth:`pin` may follow.
+        shared: other processes may attach by the descriptor :attr:`fd`. The memory has no name in the file
+            system, so none stays behind when processes are killed; huge pages are used where ``nbytes`` is a
+            multiple of them and the system has some reserved.
         threads: threads that populate the pages before they are registered.
 
     Attributes:
         nbytes: size of the arena.
         buffer: uint8 ``[nbytes]``, all of it.
+        fd: descriptor of a shared arena, owned by it; None otherwise and after :meth:`close`.
 
     Raises:
         ValueError: ``nbytes`` or ``threads`` below 1.
@@ -61,19 +86,52 @@ class PinnedArena:
         MemoryError: the memory is not there, or ``pinned=True`` and it cannot be page-locked.
     """
 
-    def __init__(self, nbytes: int, *, pinned: bool | None = None, threads: int = 4) -> None:
+    def __init__(
+        self, nbytes: int, *, pinned: bool | None = None, shared: bool = False, threads: int = 4
+    ) -> None:
         if nbytes < 1 or threads < 1:
             raise ValueError(f"arena: nbytes and threads must be at least 1, got {nbytes} and {threads}")
-        self.nbytes = int(nbytes)
+        try:
+            fd = _shared_memory(int(nbytes)) if shared else None
+            mapping = _Mapping(-1 if fd is None else fd, int(nbytes))
+        except (OSError, OverflowError) as error:
+            raise MemoryError(
+                f"arena: cannot map {gib(int(nbytes))}, free memory {gib(available_bytes())}"
+            ) from error
+        self._open(mapping, int(nbytes), fd, pinned=pinned, threads=threads)
+
+    @classmethod
+    def attach(cls, fd: int, *, pinned: bool | None = None) -> PinnedArena:
+        """Another process's shared arena: the same bytes, all of them free to :meth:`empty` here.
+
+        Args:
+            fd: a descriptor of it in this process (inherited, or received over a socket); duplicated.
+            pinned: as for the constructor; every process registers the memory for its own GPU context.
+
+        Raises:
+            OSError: ``fd`` is not an open descriptor of shared memory.
+        """
+        own = os.dup(fd)
+        try:
+            nbytes = os.fstat(own).st_size
+            if nbytes < 1:
+                raise OSError(f"arena: descriptor {fd} holds no shared memory")
+            mapping = _Mapping(own, nbytes)
+        except BaseException:
+            os.close(own)
+            raise
+        arena = cls.__new__(cls)
+        arena._open(mapping, nbytes, own, pinned=pinned, threads=4)
+        return arena
+
+    def _open(
+        self, mapping: _Mapping, nbytes: int, fd: int | None, *, pinned: bool | None, threads: int
+    ) -> None:
+        self.nbytes = nbytes
+        self.fd = fd
         self._threads = threads
         self._lock = threading.Lock()
         self._used = 0
-        try:
-            mapping = _Mapping(-1, self.nbytes)
-        except (OSError, OverflowError) as error:
-            raise MemoryError(
-                f"arena: cannot map {gib(self.nbytes)}, free memory {gib(available_bytes())}"
-            ) from error
         if self.nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             # A kernel without transparent huge pages refuses: slower to pin, otherwise the same.
             with contextlib.suppress(OSError):
@@ -83,8 +141,12 @@ class PinnedArena:
         if pinned or (pinned is None and torch.cuda.is_available()):
             try:
                 self.pin()
+            except RuntimeError:
+                self.close()
+                raise
             except MemoryError as error:
                 if pinned:
+                    self.close()
                     raise
                 warnings.warn(f"{error}; the arena is pageable", RuntimeWarning, stacklevel=2)
 
@@ -167,6 +229,9 @@ class PinnedArena:
         """Let go of the memory. It is freed with the last tensor cut from it. Idempotent."""
         with self._lock:
             self._mapping = None
+            if self.fd is not None:
+                os.close(self.fd)
+                self.fd = None
             self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def _open_buffer(self) -> Tensor:

@@ -222,7 +222,7 @@ def _print_comparison(comparison: Any) -> None:
     if comparison.rows:
         console.print(comparison_table(comparison))
     for line in summary_lines(comparison):
-        console.print(line, markup=False)
+        console.print(line, markup=False, highlight=False)
 
 
 def _key_value(text: str) -> tuple[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moecap_eval.axes import FAST_MEMORY, STARTUP, THROUGHPUT, USD_PER_MILLION, USD_PER_THOUSAND_CORRECT
-from moecap_eval.comparison import Comparison, Row, effect_of
+from moecap_eval.comparison import Comparison, Row
 from moecap_eval.report.numbers import change, interval
 from moecap_eval.stats import zone
+from moecap_eval.values import effect_of
 from moecap_eval.workload import Axis
 
 Outcome = Literal["better", "trade-off", "worse", "no difference", "unclear", "failed"]
@@ -32,7 +33,10 @@ _UNIT_ENDINGS = ("_s", "_bytes", "_usd", "_db")
 
 @dataclass(frozen=True)
 class ArmStory:
-    """One arm in words. ``gains``, ``losses``, ``same`` and ``unclear`` are phrases with figures."""
+    """One arm in words. ``gains``, ``losses``, ``same`` and ``unclear`` are phrases with figures.
+
+    ``accuracy_open``: a headline accuracy is not settled and the outputs are not all the baseline's.
+    """
 
     arm: str
     outcome: Outcome
@@ -42,6 +46,7 @@ class ArmStory:
     unclear: tuple[str, ...]
     sentence: str
     improvement: float
+    accuracy_open: bool
 
 
 @dataclass(frozen=True)
@@ -109,22 +114,34 @@ def tell(comparison: Comparison, arm: str) -> ArmStory:
         tuple(unclear),
         sentence,
         _improvement(comparison, arm),
+        _accuracy_open(comparison, arm),
     )
 
 
 def recommend(comparison: Comparison) -> Recommendation:
     """The arm to choose.
 
-    An arm replaces the baseline when it is better on something and worse on nothing; of several such arms the
-    one with the largest mean improvement over the headline axes does. Trade-offs are named as such.
+    An arm replaces the baseline when it is better on something, worse on nothing, and its accuracy is
+    settled; of several such arms the one with the largest mean improvement over the headline axes does.
+    Trade-offs are named as such.
     """
     stories = [tell(comparison, arm) for arm in comparison.arms]
     baseline = comparison.baseline
     if not stories:
         text = "Only one arm was run, so there is nothing to compare it with; its figures are below."
         return Recommendation(baseline, f"Only {baseline} was measured", text, ())
-    winners = sorted((s for s in stories if s.outcome == "better"), key=lambda s: s.improvement, reverse=True)
-    tips = tuple(
+    better = [story for story in stories if story.outcome == "better"]
+    winners = sorted(
+        (story for story in better if not story.accuracy_open),
+        key=lambda story: story.improvement,
+        reverse=True,
+    )
+    unsettled = tuple(
+        f"{story.arm} has {_join(story.gains)}, but {_join(story.unclear)} is not settled: run more items."
+        for story in better
+        if story.accuracy_open
+    )
+    tips = unsettled + tuple(
         f"Choose {story.arm} only if {_join(story.gains)} is worth {_join(story.losses)} to you."
         for story in stories
         if story.outcome == "trade-off"
@@ -139,6 +156,8 @@ def recommend(comparison: Comparison) -> Recommendation:
         return Recommendation(best.arm, f"Choose {best.arm}", reason, tips)
     if all(story.outcome in {"unclear", "failed"} for story in stories):
         return Recommendation(baseline, f"Keep {baseline}", _why_unclear(comparison, stories), tips)
+    if unsettled:
+        reason = "Another arm looks better, but whether it stays as accurate is not settled."
     elif all(story.outcome == "no difference" for story in stories):
         reason = "Every arm does the same within the margins, so there is no reason to change."
     elif any(story.outcome == "trade-off" for story in stories):
@@ -271,6 +290,17 @@ def _sentence(
     if arm in comparison.failures:
         text += "; it failed before the end"
     return f"{text}."
+
+
+def _accuracy_open(comparison: Comparison, arm: str) -> bool:
+    same, total = comparison.identical_outputs.get(arm, (0, -1))
+    if same == total:
+        return False
+    rows = [row for row in comparison.of_arm(arm) if comparison.axes[row.axis].headline]
+    return any(
+        row.effect == "difference" and _side(row, comparison.axes[row.axis], comparison) == "unclear"
+        for row in rows
+    )
 
 
 def _improvement(comparison: Comparison, arm: str) -> float:

@@ -92,12 +92,12 @@ def polygon(arm: str, style: int, improvements: Sequence[float | None]) -> Polyg
 
 
 def rings(count: int) -> list[Ring]:
-    """The rings but the centre, labelled midway between the first two of ``count`` spokes."""
+    """The rings but the centre, labelled between the first two of ``count`` spokes."""
     drawn = []
     for level, label in RINGS:
         size = radius(level)
         if size > 0:
-            drawn.append(Ring(size, label, *_at(0.5, count, size)))
+            drawn.append(Ring(size, label, *_at(0.25, count, size)))
     return drawn
 
 

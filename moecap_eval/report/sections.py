@@ -8,22 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from moecap_eval.axes import THROUGHPUT, USD_PER_MILLION
-from moecap_eval.comparison import (
-    SINGLE_VALUE,
-    Comparison,
-    Row,
-    arm_value,
-    binary_axes,
-    effect_of,
-    item_scores,
-    missing_reason,
-)
+from moecap_eval.comparison import SINGLE_VALUE, Comparison, Row
 from moecap_eval.config import AA_SUFFIX
 from moecap_eval.records import Records
 from moecap_eval.report import figures, radar
 from moecap_eval.report.narrative import improvement, title
 from moecap_eval.report.numbers import UNKNOWN, change, interval, p_value, quantity
 from moecap_eval.stats import Effect, Estimate, wilson_interval, zone
+from moecap_eval.values import arm_value, binary_axes, effect_of, item_scores, missing_reason
 from moecap_eval.workload import Axis
 
 BASELINE_STYLE = 0
@@ -124,7 +116,7 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
             {
                 "arm": arm,
                 "style": numbers[arm],
-                "values": [quantity(arm_value(records, arm, axis), _short(axis)) for axis in axes],
+                "values": [quantity(arm_value(records, arm, axis), "") for axis in axes],
             }
             for arm in arms
         ],

@@ -224,6 +224,21 @@ def test_stories_and_recommendation(tmp_path):
     assert advice.otherwise[0].startswith("Choose slow only if 0.30× the fast memory is worth")
 
 
+def test_an_arm_of_unsettled_accuracy_is_not_recommended(tmp_path):
+    """One answer of eight lost: far from a verdict at a margin of 0.3, but the outputs differ."""
+    fast = {**eight_blocks_like(0.8), "right": [1, 1, 1, 1, 1, 1, 1, 0]}
+    folder = write_run(tmp_path, {"plain": PLAIN, "fast": fast})
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    header = json.loads(lines[0])
+    header["config"]["compare"]["confidence"] = 0.6
+    next(axis for axis in header["axes"] if axis["name"] == "exact_match")["margin"] = 0.05
+    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    advice = recommend(compare(folder))
+    assert advice.headline == "Keep plain"
+    assert advice.reason == "Another arm looks better, but whether it stays as accurate is not settled."
+    assert "exact match (interval too wide) is not settled" in advice.otherwise[0]
+
+
 def test_one_arm_compares_with_nothing(tmp_path):
     comparison = compare(write_run(tmp_path, {"plain": PLAIN}))
     assert comparison.rows == []

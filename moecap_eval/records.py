@@ -122,8 +122,8 @@ class Records:
 class RecordLog:
     """The writer of a run's folder; one process at a time, each append synced to disk.
 
-    Opening cuts off a half-written last line, which only an interrupted append can leave, and refuses any
-    other damage, so nothing already stored is lost.
+    Opening cuts off a half-written last line, which only an interrupted append can leave (``repaired``), and
+    refuses any other damage, so nothing already stored is lost.
 
     Raises:
         ValueError: the folder holds another config's records or damaged ones, or another run is using it.
@@ -144,8 +144,8 @@ class RecordLog:
             ) from None
         try:
             check_config(out_dir, str(header["config_digest"]))
-            _cut_torn_line(self._path)
-            _cut_torn_line(self._steps_path)
+            torn = [_cut_torn_line(path) for path in (self._path, self._steps_path)]
+            self.repaired = any(torn)
             self._file.seek(0, os.SEEK_END)
             if self._file.tell() == 0:
                 self.append([{"kind": "run", **header}])
@@ -346,15 +346,16 @@ def _build(cls: type[Any], line: Mapping[str, Any]) -> Any:
     return cls(**{key: value for key, value in line.items() if key in names})
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Drop what follows the last newline, after making sure that the lines before it are whole."""
+def _cut_torn_line(path: Path) -> bool:
+    """Drop what follows the last newline, if the lines before it are whole; whether there was something."""
     if not path.exists():
-        return
+        return False
     content = path.read_bytes()
     _read_lines(path, torn_end=True)
     complete = content.rfind(b"\n") + 1
     if complete < len(content):
         os.truncate(path, complete)
+    return complete < len(content)
 
 
 def _line(record: Mapping[str, Any]) -> str:

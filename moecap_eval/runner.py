@@ -171,6 +171,8 @@ class _Run:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def execute(self) -> None:
+        if self.log.repaired:
+            self._tell("", "the last record was cut short by an interruption; its block runs again")
         records = read_records(self.folder)
         recorded = records.done()
         order = block_order(self.config.slots, self.config.compare.blocks, self.config.seed)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moecap_eval.axes import FAST_TIERS
 from moecap_eval.records import Records
 from moecap_eval.workload import StepRecord
+
+if TYPE_CHECKING:
+    from moecap_eval.model_spec import ModelSpec
 
 MEASURES = ("S-MBU", "MBU", "S-MFU", "MFU")
 
@@ -45,7 +48,7 @@ def peaks_of(environment: Mapping[str, Any], dtype: str | None = None) -> list[P
 
     Args:
         environment: of the records.
-        dtype: whose FLOP/s to take; the profile's first where it has no such dtype.
+        dtype: whose FLOP/s to take; without one, no FLOP/s are given.
     """
     found = []
     profile = environment.get("hardware") or {}
@@ -81,24 +84,18 @@ def utilisation(records: Records, arm: str) -> Utilisation | None:
     shares: dict[tuple[str, str], float | None] = {}
     reasons: dict[tuple[str, str], str] = {}
     components: dict[str, int] = {}
-    peaks = peaks_of(records.environment, facts.get("weight_dtype"))
-    try:
-        spec = _model_spec(facts)
+    spec, unknown = _model_spec(facts)
+    if spec is not None:
         components = _components(spec, steps)
-    except (ValueError, KeyError, TypeError) as error:
-        for peak in peaks:
-            for measure in MEASURES:
-                shares[measure, peak.source], reasons[measure, peak.source] = None, str(error)
-    else:
-        for peak in peaks:
-            for measure, (function, limit) in _functions(peak).items():
-                key = (measure, peak.source)
-                try:
-                    if limit is None:
-                        raise ValueError("this peak is unknown")
-                    shares[key] = function(spec, steps, limit)
-                except ValueError as error:
-                    shares[key], reasons[key] = None, str(error)
+    for peak in peaks_of(records.environment, None if spec is None else spec.weight_dtype):
+        for measure, (function, limit) in _functions(peak).items():
+            key = (measure, peak.source)
+            try:
+                if spec is None or limit is None:
+                    raise ValueError(unknown or f"the {peak.source} peak is unknown")
+                shares[key] = function(spec, steps, limit)
+            except ValueError as error:
+                shares[key], reasons[key] = None, str(error)
     return Utilisation(
         arm=arm,
         passes=len(steps),
@@ -122,18 +119,21 @@ def _functions(peak: Peak) -> dict[str, tuple[Callable[..., float], float | None
     }
 
 
-def _model_spec(facts: Mapping[str, Any]) -> Any:
+def _model_spec(facts: Mapping[str, Any]) -> tuple[ModelSpec | None, str]:
+    """The arm's model, or None and why it is not known."""
     from moecap_eval.model_spec import ModelSpec
 
     config = facts.get("model_config")
     if not config:
-        raise ValueError("the arm does not state its model's config")
-    return ModelSpec.from_config(
-        config, weight_dtype=facts.get("weight_dtype"), kv_dtype=facts.get("kv_dtype")
-    )
+        return None, "the arm does not state its model's config"
+    try:
+        dtypes = {"weight_dtype": facts.get("weight_dtype"), "kv_dtype": facts.get("kv_dtype")}
+        return ModelSpec.from_config(config, **dtypes), ""
+    except ValueError as error:
+        return None, str(error)
 
 
-def _components(spec: Any, steps: Sequence[StepRecord]) -> dict[str, int]:
+def _components(spec: ModelSpec, steps: Sequence[StepRecord]) -> dict[str, int]:
     from moecap_eval.accounting import step_bytes
 
     totals: dict[str, int] = {}
@@ -145,6 +145,4 @@ def _components(spec: Any, steps: Sequence[StepRecord]) -> dict[str, int]:
 
 
 def _pick(figures: Mapping[str, Any], dtype: str | None) -> Any:
-    if not figures:
-        return None
-    return figures.get(str(dtype)) or next(iter(figures.values()))
+    return None if dtype is None else figures.get(dtype)

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from moecap_eval.workload import ArmConfig, BlockResult, Item, RunContext, StepRecord, System
 
-USER_ERRORS = (ValueError, OSError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -122,6 +122,22 @@ def test_qv21_hash_map_gives_the_bits_of_the_dense_map(monkeypatch):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_qv02_threads_of_one_call_change_nothing(threads):
+    topology = CSCTopology.from_edge_index(random_edges(5000, 200_000, 3), 5000)
+    graph = Graph(topology.colptr, topology.row, 5000)
+    seeds = torch.arange(0, 5000, 3)
+    for fanouts in ([15, 10], [-1, 3], []):
+        draws = Draws(rng.streams_tensor(1, [2]))
+        frontier = Frontier(seeds, torch.zeros_like(seeds))
+        one = numba_cpu.sample(graph, frontier, fanouts, draws)
+        more = numba_cpu.sample(graph, frontier, fanouts, draws, num_threads=threads)
+        for name in ("node", "row", "col", "edge", "group"):
+            assert torch.equal(getattr(one, name), getattr(more, name))
+        assert (one.nodes_per_hop, one.edges_per_hop) == (more.nodes_per_hop, more.edges_per_hop)
+        assert (numba_cpu.dense_map(5000) == -1).all()
+
+
 def test_qv02_scratch_maps_are_clean_after_a_call():
     topology = CSCTopology.from_edge_index(random_edges(500, 5000, 4), 500)
     for start in range(0, 500, 50):

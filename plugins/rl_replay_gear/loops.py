@@ -1,4 +1,8 @@
-"""Loops that run once a batch: compiled by numba where it is installed, plain Python otherwise."""
+"""Loops that run once a batch: compiled by numba where it is installed.
+
+Without numba the ``*_numpy`` twins at the end of this module take the place of the loops over a batch, and
+``PrefixSumTree`` uses its torch twins.
+"""
 
 # ruff: noqa: PLR0917 (compiled functions take positional arguments)
 
@@ -202,3 +206,58 @@ def first_occurrences(items: np.ndarray, seen: np.ndarray, stamp: int, out: np.n
             out[filled] = item
             filled += 1
     return filled
+
+
+def locate_numpy(
+    handles: np.ndarray, shard: int, generation: np.ndarray, live: np.ndarray, slots: np.ndarray
+) -> int:
+    """The twin of ``locate``."""
+    slot = np.minimum(handles & SLOT_MASK, len(live) - 1)
+    current = (
+        (handles >= 0)
+        & ((handles & SLOT_MASK) < len(live))
+        & ((handles >> (SLOT_BITS + GENERATION_BITS)) == shard)
+        & live[slot]
+        & (((handles >> SLOT_BITS) & GENERATION_MASK) == generation[slot])
+    )
+    slots[:] = np.where(current, slot, -1)
+    return int((~current).sum())
+
+
+def window_segments_numpy(
+    slots: np.ndarray,
+    anchors: np.ndarray,
+    start: np.ndarray,
+    length: np.ndarray,
+    extra: int,
+    offset: int,
+    window: int,
+    pad: int,
+    out: np.ndarray,
+) -> None:
+    """The twin of ``window_segments``."""
+    rows = length[slots] + extra
+    begin = anchors + offset
+    low = np.minimum(np.maximum(begin, 0), rows)
+    steps = np.maximum(np.minimum(np.maximum(begin + window, 0), rows) - low, 0)
+    shift = (np.zeros_like(low), window - steps, low - begin)[pad]
+    out[0] = np.where(steps > 0, start[slots] + low, 0)
+    out[1] = steps
+    out[2] = np.where(steps > 0, shift, 0)
+    out[3] = low
+
+
+def uniform_anchors_numpy(u: np.ndarray, slots: np.ndarray, length: np.ndarray, anchors: np.ndarray) -> None:
+    """The twin of ``uniform_anchors``."""
+    steps = length[slots]
+    anchors[:] = np.minimum((u * steps).astype(np.int64), steps - 1)
+
+
+def make_handles_numpy(slots: np.ndarray, generation: np.ndarray, shard: int, handles: np.ndarray) -> None:
+    """The twin of ``make_handles``."""
+    handles[:] = (shard << (SLOT_BITS + GENERATION_BITS)) | (generation[slots] << SLOT_BITS) | slots
+
+
+if not COMPILED:
+    locate, window_segments = locate_numpy, window_segments_numpy
+    uniform_anchors, make_handles = uniform_anchors_numpy, make_handles_numpy

@@ -19,5 +19,12 @@ class Selection:
     probability: Tensor
     weight: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not len(self.handles) == len(self.anchors) == len(self.probability):
+            raise ValueError(
+                f"a selection of {len(self.handles)} handles has {len(self.anchors)} anchors and "
+                f"{len(self.probability)} probabilities"
+            )
+
     def __len__(self) -> int:
         return len(self.handles)

@@ -19,6 +19,7 @@ from rl_replay_gear.loops import GENERATION_BITS, SLOT_BITS
 from rl_replay_gear.randomness import Generator, uniforms
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Drawn, Selector, TopK
+from rl_replay_gear.shared_memory import SharedRows
 from rl_replay_gear.spec import DTYPE_NAMES, TableSpec
 from rl_replay_gear.table import Anchor, TrajectoryTable
 
@@ -150,7 +151,7 @@ class ShardedTable:
                 "stage": self.layout.pp_stage,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "fd": None if table.arena is None else table.arena.fd,
+                "fd": None if table.shared_rows is None else table.shared_rows.fd,
                 "rows": table.spec.num_rows,
             }
         )
@@ -531,22 +532,21 @@ class ShardedTable:
         return wish
 
     def _map_shards(self, facts: Sequence[Mapping[str, Any]]) -> list[list[Tensor]]:
-        from tiered_memory import PinnedArena
-
         shards = []
-        self._arenas = []
+        self._mapped: list[SharedRows] = []
         for process, fact in enumerate(facts):
             if process == self.rank:
                 shards.append(list(self.table.storage))
                 continue
+            rows, widths = fact["rows"], [words.shape[1] for words in self.table.storage]
             descriptor = os.open(f"/proc/{fact['pid']}/fd/{fact['fd']}", os.O_RDWR)
             try:
-                arena = PinnedArena.attach(descriptor)
+                pinned = self.table.memory == "pinned"
+                mapped = SharedRows(SharedRows.size(rows, widths), descriptor=descriptor, pinned=pinned)
             finally:
                 os.close(descriptor)
-            self._arenas.append(arena)
-            rows = fact["rows"]
-            shards.append([arena.empty((rows, words.shape[1]), torch.int64) for words in self.table.storage])
+            self._mapped.append(mapped)
+            shards.append([mapped.take(rows, width) for width in widths])
         if self.distributed:
             dist.barrier(self.group)
         return shards

@@ -21,6 +21,7 @@ from rl_replay_gear.limiter import RateLimiter
 from rl_replay_gear.randomness import CounterGenerator, Generator, uniforms
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Fifo, Selector
+from rl_replay_gear.shared_memory import SharedRows
 from rl_replay_gear.spec import DTYPE_NAMES, ColumnSpec, RowGroup, TableSpec, row_groups
 from rl_replay_gear.window import Window
 
@@ -71,9 +72,9 @@ class TrajectoryTable:
         self.groups = row_groups(spec.all_columns)
         self.read_only = storage is not None
         if storage is None:
-            self.storage, self.arena = _allocate(self.groups, spec.num_rows, self.memory, shared)
+            self.storage, self.shared_rows = _allocate(self.groups, spec.num_rows, self.memory, shared)
         else:
-            self.storage, self.arena = list(storage), None
+            self.storage, self.shared_rows = list(storage), None
         self.index = SlotIndex(spec.max_trajectories, shard)
         self.remover = Fifo() if remover is None else remover
         self.allocator = ExtentAllocator(spec.num_rows, ring=isinstance(self.remover, Fifo))
@@ -586,26 +587,23 @@ def _resolve_memory(memory: str) -> str:
     return memory
 
 
-def _allocate(groups: Sequence[RowGroup], rows: int, memory: str, shared: bool) -> tuple[list[Tensor], Any]:
-    """One int64 [rows, row_bytes / 8] tensor a group, and the arena that holds those in pinned memory."""
-    tiers = [group.memory or memory for group in groups]
-    for tier in tiers:
-        _resolve_memory(tier)
-    in_arena = [tier == "pinned" or (shared and tier == "host") for tier in tiers]
-    arena = None
-    if any(in_arena):
+def _allocate(
+    groups: Sequence[RowGroup], rows: int, memory: str, shared: bool
+) -> tuple[list[Tensor], SharedRows | None]:
+    """One int64 [rows, row_bytes / 8] tensor a group, and what holds them if other processes may map them."""
+    tiers = [_resolve_memory(group.memory or memory) for group in groups]
+    widths = [group.row_bytes // _WORD for group in groups]
+    if shared:
+        if "device" in tiers:
+            raise ValueError("shared=True needs every column in host or pinned memory")
+        rows_of = SharedRows(SharedRows.size(rows, widths), pinned="pinned" in tiers)
+        return [rows_of.take(rows, width) for width in widths], rows_of
+    return [_rows(rows, width, tier) for width, tier in zip(widths, tiers, strict=True)], None
+
+
+def _rows(rows: int, width: int, tier: str) -> Tensor:
+    if tier == "pinned":
         from tiered_memory import PinnedArena
 
-        sizes = [rows * group.row_bytes for group, inside in zip(groups, in_arena, strict=True) if inside]
-        total = sum(-(-size // 4096) * 4096 for size in sizes)
-        arena = PinnedArena(total, pinned=None if "pinned" in tiers else False, shared=shared)
-    storage = []
-    for group, tier, inside in zip(groups, tiers, in_arena, strict=True):
-        shape = (rows, group.row_bytes // _WORD)
-        if inside:
-            storage.append(arena.empty(shape, torch.int64))
-        else:
-            storage.append(
-                torch.empty(shape, dtype=torch.int64, device="cuda" if tier == "device" else "cpu")
-            )
-    return storage, arena
+        return PinnedArena(rows * width * _WORD).empty((rows, width), torch.int64)
+    return torch.empty((rows, width), dtype=torch.int64, device="cuda" if tier == "device" else "cpu")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +100,42 @@ def test_gr06_bulk_and_single_updates_give_the_same_sums():
         single.update(torch.arange(i, i + 10), weights[i : i + 10])
     assert torch.equal(bulk._values, single._values)
     assert torch.equal(bulk._minima, single._minima)
+
+
+INTERPRETED = """
+import torch
+from rl_replay_gear import PrefixSumTree, kernels
+generator = torch.Generator().manual_seed(0)
+weights = torch.rand(5000, dtype=torch.float64, generator=generator)
+weights[::3] = 0
+twin, tree = PrefixSumTree(5000), PrefixSumTree(5000)
+for t in (twin, tree):
+    t.update(torch.arange(5000), weights)
+index = torch.randperm(5000, generator=generator)[:40]
+value = torch.rand(40, dtype=torch.float64, generator=generator)
+value[:5] = 0
+twin._update_torch(index, value)
+kernels.tree_update(tree._values, tree._minima, tree._offsets, tree.fanout, index, value)
+assert torch.allclose(tree._values, twin._values, rtol=1e-14, atol=0)
+assert torch.equal(tree._minima, twin._minima)
+u = torch.rand(60, dtype=torch.float64, generator=generator)
+u[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+found, weight = kernels.tree_draw(tree._values, tree._offsets, tree.fanout, u)
+expected, expected_weight = twin.draw_torch(u)
+assert torch.equal(found, expected)
+assert torch.equal(weight, expected_weight)
+print("equal")
+"""
+
+
+def test_gr06_the_interpreted_kernels_equal_their_twins():
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "equal"

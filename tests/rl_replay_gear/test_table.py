@@ -286,7 +286,7 @@ def test_table_spec_round_trips_and_refuses_nonsense(spec):
         ColumnSpec("a", (), torch.complex64)
     inferred = TableSpec.infer({"o": np.zeros((5, 2), np.float32), "a": torch.zeros(4)}, 10, 3)
     assert inferred.columns == (ColumnSpec("o", (2,), final=True), ColumnSpec("a"))
+    selector = Prioritized()
+    TrajectoryTable(spec).attach(selector)
     with pytest.raises(ValueError, match="another table"):
-        selector = Prioritized()
-        TrajectoryTable(spec).attach(selector)
         TrajectoryTable(spec).attach(selector)

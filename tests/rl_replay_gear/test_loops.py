@@ -1,0 +1,39 @@
+"""Compiled loops against their NumPy twins."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from rl_replay_gear import loops
+
+
+def test_compiled_loops_equal_their_numpy_twins():
+    random = np.random.default_rng(0)
+    capacity, count = 50, 400
+    start, length = random.integers(0, 10**12, capacity), random.integers(1, 9, capacity)
+    generation, live = random.integers(0, 2**20, capacity), random.random(capacity) < 0.7
+    slots = random.integers(0, capacity, count)
+    u = random.random(count)
+    found, twin = np.empty((2, count), np.int64), np.empty((2, count), np.int64)
+    loops.make_handles(slots, generation, 5, found[0])
+    loops.make_handles_numpy(slots, generation, 5, twin[0])
+    assert np.array_equal(found[0], twin[0])
+    handles = found[0].copy()
+    handles[::7] += 1 << loops.SLOT_BITS
+    handles[::11] = -1
+    handles[::13] |= 1 << 60
+    handles[::17] |= loops.SLOT_MASK
+    stale = loops.locate(handles, 5, generation, live, found[0])
+    assert stale == loops.locate_numpy(handles, 5, generation, live, twin[0])
+    assert 0 < stale < count
+    assert np.array_equal(found[0], twin[0])
+    loops.uniform_anchors(u, slots, length, found[1])
+    loops.uniform_anchors_numpy(u, slots, length, twin[1])
+    assert np.array_equal(found[1], twin[1])
+    for extra, offset, window, pad in itertools.product((0, 1), (-9, -2, 0, 3, 12), (1, 4), (0, 1, 2)):
+        one, other = np.empty((4, count), np.int64), np.empty((4, count), np.int64)
+        loops.window_segments(slots, found[1], start, length, extra, offset, window, pad, one)
+        loops.window_segments_numpy(slots, found[1], start, length, extra, offset, window, pad, other)
+        assert np.array_equal(one, other)

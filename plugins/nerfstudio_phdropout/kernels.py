@@ -74,11 +74,13 @@ def rasterize_moments(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected {shape} from opacities [C, N]"
             )
-    drop = torch.as_tensor(dropout_ratio, dtype=means2d.dtype, device=means2d.device)
-    if drop.ndim and drop.shape not in ((count,), (images, count)):
-        raise ValueError(
-            f"dropout_ratio must be a scalar, [{count}] or [{images}, {count}], got {list(drop.shape)}"
-        )
+    # A plain number stays one: a tensor of it on the device would have to be waited for.
+    drop = dropout_ratio
+    if isinstance(drop, Tensor):
+        if drop.ndim and drop.shape not in ((count,), (images, count)):
+            expected = f"a scalar, [{count}] or [{images}, {count}]"
+            raise ValueError(f"dropout_ratio must be {expected}, got {list(drop.shape)}")
+        drop = drop.to(means2d)
     arguments = (
         means2d, conics, colors, opacities, image_width, image_height, tile_size,
         isect_offsets, flatten_ids, drop, backgrounds, covariance,
@@ -113,7 +115,7 @@ def rasterize_moments_torch(
     tile_size: int,
     isect_offsets: Tensor,
     flatten_ids: Tensor,
-    drop: Tensor,
+    drop: float | Tensor,
     backgrounds: Tensor | None,
     covariance: bool,
 ) -> RenderMoments:
@@ -127,7 +129,7 @@ def rasterize_moments_torch(
         opacities.reshape(-1),
         colors.reshape(-1, channels),
     )
-    keep = (1 - drop.expand(images, count)).reshape(-1)
+    keep = (1 - torch.as_tensor(drop).to(means2d).expand(images, count)).reshape(-1)
     for tile in iterate_tiles(isect_offsets, flatten_ids.numel(), image_width, image_height, tile_size):
         ids = flatten_ids[tile.start : tile.stop].long()
         centres, shapes, opacity, color = (tensor[ids] for tensor in flat)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 _LEVELS = np.arange(1, 100) / 100
@@ -34,8 +33,10 @@ def _flat(**arrays: Any) -> list[Array]:
 
 def spearman(errors: Any, uncertainties: Any) -> float:
     """Spearman's rank correlation, ties averaged; NaN when either argument is constant."""
+    from scipy.stats import rankdata
+
     e, u = _flat(errors=errors, uncertainties=uncertainties)
-    return pearson(stats.rankdata(e), stats.rankdata(u))
+    return pearson(rankdata(e), rankdata(u))
 
 
 def pearson(errors: Any, uncertainties: Any) -> float:
@@ -125,9 +126,11 @@ def ece(errors: Any, stds: Any, *, bins: int = 10) -> float:
 
 def _required_level(y: Array, m: Array, s: Array) -> Array:
     """Confidence of the smallest central interval that holds each target."""
+    from scipy.stats import norm
+
     error = np.abs(y - m)
     z = np.divide(error, s, out=np.where(error > 0, np.inf, 0.0), where=s > 0)
-    return 2 * stats.norm.cdf(z) - 1
+    return 2 * norm.cdf(z) - 1
 
 
 def coverage(targets: Any, mean: Any, std: Any, *, confidence: float = 0.95) -> float:

@@ -189,7 +189,7 @@ def rasterize_moments_triton(
     tile_size: int,
     isect_offsets: Tensor,
     flatten_ids: Tensor,
-    drop: Tensor,
+    drop: float | Tensor,
     backgrounds: Tensor | None,
     covariance: bool,
     launch: LaunchShape = LAUNCH,
@@ -208,8 +208,11 @@ def rasterize_moments_triton(
     channels = colors.shape[-1]
     if backgrounds is None:
         backgrounds = means2d.new_zeros(images, channels)
-    scalar = drop.ndim == 0
-    keep = means2d.new_ones(1) if scalar else (1 - drop.expand(images, count)).contiguous()
+    if isinstance(drop, Tensor):
+        scalar, keep_scalar = False, 1.0
+        keep = (1 - drop.expand(images, count)).contiguous()
+    else:
+        scalar, keep_scalar, keep = True, 1.0 - drop, means2d
     means2d, conics, opacities = means2d.contiguous(), conics.contiguous(), opacities.contiguous()
     colors, backgrounds = colors.contiguous(), backgrounds.contiguous()
     shape = (images, image_height, image_width)
@@ -226,7 +229,7 @@ def rasterize_moments_triton(
             mean[..., first:], variance[..., first:],
             accumulation, accumulation_variance, shared[..., first:],
             flatten_ids.numel(), tile_height * tile_width, tile_width, image_width, image_height,
-            1.0 - float(drop) if scalar else 1.0,
+            keep_scalar,
             D=min(CHANNELS, channels - first), STRIDE=channels, TILE=tile_size, ROWS=rows,
             UNROLL=launch.unroll, SCALAR=scalar, COVARIANCE=covariance, num_warps=launch.warps,
         )  # fmt: skip

@@ -26,7 +26,7 @@ def both(count, width, height, ratio, *, channels=3, covariance=True, seed=0, op
     colors = torch.rand(1, count, channels, generator=torch.Generator().manual_seed(seed))
     arguments = (
         info["means2d"], info["conics"], colors, info["opacities"], width, height, tile_size,
-        info["isect_offsets"], info["flatten_ids"], torch.as_tensor(ratio), torch.rand(1, channels),
+        info["isect_offsets"], info["flatten_ids"], ratio, torch.rand(1, channels),
         covariance,
     )  # fmt: skip
     return arguments, info

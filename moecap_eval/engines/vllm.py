@@ -46,6 +46,8 @@ def open_llm(model: str, *, profile: bool = True, moved_bytes: str | None = None
         RuntimeError: a model with MoE layers whose routing cannot be observed; the message says why.
         ImportError: vLLM is not installed.
     """
+    if profile and "worker_cls" in engine_args:
+        raise ValueError("worker_cls is set by profiling: pass profile=False to choose a worker")
     on_cpu = _on_cpu()
     if on_cpu:
         for name, value in _CPU_ENVIRONMENT.items():
@@ -60,8 +62,6 @@ def open_llm(model: str, *, profile: bool = True, moved_bytes: str | None = None
     engine_args.setdefault("disable_log_stats", False)
     if not profile:
         return LLM(model=model, **engine_args)
-    if "worker_cls" in engine_args:
-        raise ValueError("worker_cls is set by profiling: pass profile=False to choose a worker")
     llm = LLM(model=model, worker_cls=CPU_WORKER if on_cpu else GPU_WORKER, **engine_args)
     _configure(llm, moved_bytes)
     drain_steps(llm)  # passes of vLLM's own warm-up
@@ -295,9 +295,8 @@ def memory_bytes(llm: LLM) -> dict[str, int]:
 
 
 def kv_cache_bytes(llm: LLM) -> int:
-    """Bytes set aside for keys and values."""
-    cache = llm.llm_engine.vllm_config.cache_config
-    return int(cache.num_gpu_blocks) * cache.block_size * model_spec(llm).kv_bytes_per_token
+    """Bytes set aside for keys and values, over all workers."""
+    return sum(llm.collective_rpc("moecap_kv_cache_bytes"))
 
 
 def close(llm: LLM) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from moecap_eval.engines.counters import HostPassCounters, PassCounters, PassCounts
 
@@ -98,6 +99,12 @@ class _ProfilingMixin:
         """Device memory this worker holds, None on a CPU."""
         device = self.device  # type: ignore[attr-defined]
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+    def moecap_kv_cache_bytes(self) -> int:
+        """Bytes of this worker's key/value cache; layers may share one allocation."""
+        caches = tree_leaves(self.model_runner.kv_caches)  # type: ignore[attr-defined]
+        storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 class _Recorder:

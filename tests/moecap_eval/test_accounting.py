@@ -122,6 +122,21 @@ def test_cap05_tied_and_untied_heads(seed: int, tied: bool) -> None:
     assert parts.total - parts["kv_cache"] == touched
 
 
+@pytest.mark.parametrize("samples", [True, False])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_cap05_prefill_bytes_equal_touched_parameters(family: str, samples: bool) -> None:
+    """A pass that samples reads the head; one that does not sample reads no head."""
+    config = tiny.random_config(family, 8)
+    model, spec = tiny.build_model(config), ModelSpec.from_config(config.to_dict(), weight_dtype="float32")
+    ids = torch.randint(0, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(8))
+    run = (lambda: model(ids, use_cache=False, logits_to_keep=1)) if samples else (lambda: model.model(ids))
+    with torch.no_grad(), routed_experts(model, spec) as experts, TouchedParameters(model) as touched:
+        run()
+    step = StepRecord(1.0, 9, 1, int(samples), ids.unique().numel(), 9, 45, dict(experts))
+    parts = step_bytes(spec, step)
+    assert parts.total - parts["kv_cache"] == touched.nbytes
+
+
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_cap05_cache_bytes_equal_the_stored_cache(family: str) -> None:
     changes = {"sliding_window": 4096, "layer_types": None} if family == "gpt_oss" else {}

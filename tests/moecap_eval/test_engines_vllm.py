@@ -158,12 +158,10 @@ def test_cap07_utilisation_of_real_passes(round_robin_llm) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the allocator is asked")
 def test_memory_is_weights_and_cache(round_robin_llm) -> None:
     spec = engine.model_spec(round_robin_llm)
-    runner = round_robin_llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    cache_storages = {
-        cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in runner.kv_caches
-    }
-    expected = spec.weight_bytes.total + sum(cache_storages.values())
-    assert engine.memory_bytes(round_robin_llm) == {"dram": expected}
+    cache = round_robin_llm.llm_engine.vllm_config.cache_config
+    cache_bytes = cache.num_gpu_blocks * cache.block_size * spec.kv_bytes_per_token
+    assert engine.kv_cache_bytes(round_robin_llm) == cache_bytes
+    assert engine.memory_bytes(round_robin_llm) == {"dram": spec.weight_bytes.total + cache_bytes}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,322 @@
+"""PH-Dropout inside the real nerfstudio, on a CPU: train, evaluate, render, attach to plain runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("nerfstudio")
+pytestmark = [pytest.mark.nerfstudio, pytest.mark.slow]
+
+STEPS = {"phd-nerfacto-tiny": 40, "phd-splatfacto-tiny": 120, "phd-vanilla-nerf-tiny": 4}
+METRICS = ("spearman", "pearson", "ause", "ause_reference", "nll", "ece", "auce", "coverage95", "sharpness")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A scene, and LPIPS weights that need no network (random: lpips then means nothing)."""
+    import torchvision
+
+    from nerfstudio_phdropout.synthetic import write_scene
+
+    folder = tmp_path_factory.mktemp("phd")
+    weights = folder / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    weights.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), weights)
+    write_scene(folder / "half", num_train=9, num_eval=3, resolution=32, train_azimuth=(0, 180))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TORCH_HOME", str(folder / "torch"))
+    patch.chdir(folder)
+    yield folder
+    patch.undo()
+
+
+def train(method: str, *, timestamp: str, config: Any = None, steps: int | None = None) -> Path:
+    """Train by nerfstudio's own train command, in this process; returns config.yml."""
+    from nerfstudio.configs.method_configs import all_methods
+    from nerfstudio.scripts import train as command
+
+    config = copy.deepcopy(config or all_methods[method])
+    config.data, config.output_dir, config.timestamp = Path("half"), Path("outputs"), timestamp
+    config.experiment_name = "half"
+    config.max_num_iterations = steps or STEPS[method]
+    config.machine.seed = 1
+    if hasattr(config.pipeline.model, "phdropout"):
+        config.pipeline.model.phdropout.search_views = 2
+        config.pipeline.model.phdropout.num_trials = 4
+    command.main(config)
+    return config.get_base_dir() / "config.yml"
+
+
+def evaluate(config: Path) -> dict[str, float]:
+    """ns-eval's results."""
+    from nerfstudio.scripts.eval import ComputePSNR
+
+    output = config.parent / "eval.json"
+    ComputePSNR(load_config=config, output_path=output).main()
+    return json.loads(output.read_text())["results"]
+
+
+def load(config: Path) -> Any:
+    """The pipeline as ns-* commands load it."""
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    return eval_setup(config, test_mode="test")[1]
+
+
+def first_outputs(pipeline: Any) -> dict[str, torch.Tensor]:
+    return pipeline.model.get_outputs_for_camera(pipeline.datamanager.eval_dataset.cameras[:1])
+
+
+@pytest.fixture(scope="module")
+def runs(workspace):
+    """One trained run a method, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(method: str) -> Path:
+        if method not in made:
+            made[method] = train(method, timestamp="run")
+        return made[method]
+
+    return run
+
+
+@pytest.mark.parametrize("method", list(STEPS))
+def test_ph09_trains_searches_and_evaluates_on_a_cpu(runs, method):
+    config = runs(method)
+    sidecar = next((config.parent / "nerfstudio_models").glob("*.phdropout.json"))
+    found = json.loads(sidecar.read_text())
+    assert 0 <= found["ratio"] < 1
+    assert len(found["evaluations"]) <= 8
+    state = torch.load(sidecar.with_name(found["checkpoint"]), weights_only=True)
+    assert not [name for name in state["pipeline"] if "dropout" in name or "ratio" in name]
+    results = evaluate(config)
+    for name in METRICS:
+        assert name in results
+        assert f"foreground_{name}" in results
+    assert results["dropout_ratio"] == pytest.approx(found["ratio"])
+    assert results["psnr"] > 0
+
+
+@pytest.mark.parametrize("method", ["phd-nerfacto-tiny", "phd-splatfacto-tiny"])
+def test_ph09_renders_uncertainty_by_ns_render(runs, method):
+    from nerfstudio.scripts.render import DatasetRender
+
+    config = runs(method)
+    target = config.parent / "renders"
+    DatasetRender(
+        load_config=config, output_path=target, split="test", rendered_output_names=["rgb", "uncertainty"]
+    ).main()
+    for name in ("rgb", "uncertainty"):
+        assert len(list((target / "test" / name).glob("*"))) == 3
+
+
+def test_ph09_outputs_for_the_viewer_are_images(runs):
+    for method in ("phd-nerfacto-tiny", "phd-splatfacto-tiny"):
+        outputs = first_outputs(load(runs(method)))
+        assert outputs["rgb_mean"].shape == outputs["rgb_std"].shape == (32, 32, 3)
+        for name in ("uncertainty", "accumulation_std", "depth_std"):
+            assert outputs[name].shape == (32, 32, 1)
+            assert bool(torch.isfinite(outputs[name]).all())
+        torch.testing.assert_close(outputs["uncertainty"], outputs["rgb_std"].mean(-1, keepdim=True))
+        assert float(outputs["uncertainty"].max()) > 0
+
+
+def test_ph04_splatfacto_learns_on_a_cpu(runs):
+    start = evaluate(train("phd-splatfacto-tiny", timestamp="start", steps=1))
+    assert evaluate(runs("phd-splatfacto-tiny"))["psnr"] - start["psnr"] >= 5
+
+
+def test_ph09_cpu_rendering_of_splats_equals_splatfactos_own(runs, monkeypatch):
+    """splatfacto's method itself, with ``.cuda()`` made harmless and gsplat's function replaced by ours."""
+    from nerfstudio.models import splatfacto
+
+    from nerfstudio_phdropout import rasterization
+
+    pipeline = load(runs("phd-splatfacto-tiny"))
+    ours = first_outputs(pipeline)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(
+        splatfacto, "rasterization", lambda **options: rasterization(**{**options, "absgrad": False})
+    )
+    monkeypatch.setattr(splatfacto, "get_viewmat", splatfacto.get_viewmat.__wrapped__, raising=False)
+    camera = pipeline.datamanager.eval_dataset.cameras[:1]
+    with torch.no_grad():
+        theirs = splatfacto.SplatfactoModel.get_outputs(pipeline.model, camera)
+    for name in ("rgb", "depth", "accumulation", "background"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
+
+
+def test_ph13_expected_psnr_search_agrees_with_many_trials(runs):
+    """No random numbers; the same ratio, within one step, as the mean squared error of 300 masks gives."""
+    pipeline = load(runs("phd-splatfacto-tiny"))
+    model, dataset = pipeline.model, pipeline.datamanager.train_dataset
+    model.config.phdropout.quality, model.config.phdropout.search_views = "expected_psnr", 2
+    first, second = model.search_ratio(dataset), model.search_ratio(dataset)
+    assert first == second
+    cameras = [dataset.cameras[i : i + 1] for i in (0, len(dataset) // 2)]
+    targets = [model.ground_truth(dataset.get_data(i)["image"]) for i in (0, len(dataset) // 2)]
+
+    def sampled(ratio: float) -> float:
+        total = 0.0
+        for camera, target in zip(cameras, targets, strict=True):
+            images = [model.masked_rgb(camera, ratio, trial) for trial in range(150)]
+            error = torch.stack([(image - target) ** 2 for image in images]).mean()
+            total += -10 * math.log10(float(error)) / 2
+        return total
+
+    threshold = 0.95 * sampled(0.0)
+    assert sampled(max(first.ratio - 0.01, 0.0)) > threshold
+    assert sampled(first.ratio + 0.02) < threshold
+
+
+def test_ph15_shared_trunk_gives_the_images_of_full_renders(runs):
+    for method in ("phd-nerfacto-tiny", "phd-vanilla-nerf-tiny"):
+        pipeline = load(runs(method))
+        model = pipeline.model
+        camera = pipeline.datamanager.eval_dataset.cameras[:1]
+        model.config.phdropout.num_trials = 4
+        shared = model.moments_for_camera(camera, 0.3)
+        images = torch.stack([model.masked_rgb(camera, 0.3, trial) for trial in range(4)])
+        torch.testing.assert_close(shared.mean, images.mean(0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(shared.std, images.std(0), rtol=0, atol=1e-5)
+
+
+def test_reference_mode_masks_samples_and_rounds_to_8_bits(runs):
+    from nerfstudio_phdropout import PHDropoutConfig
+
+    pipeline = load(runs("phd-nerfacto-tiny"))
+    settings = PHDropoutConfig.reference("nerf")
+    settings.ratio, settings.num_trials = 0.1, 3
+    pipeline.model.config.phdropout = settings
+    outputs = first_outputs(pipeline)
+    trials = outputs["rgb_mean"] * 3 * 255
+    torch.testing.assert_close(trials, trials.round(), rtol=0, atol=2e-2)
+    pipeline = load(runs("phd-splatfacto-tiny"))
+    settings = PHDropoutConfig.reference("splat")
+    settings.ratio, settings.num_trials = 0.1, 3
+    pipeline.model.config.phdropout = settings
+    assert float(first_outputs(pipeline)["uncertainty"].max()) > 0
+
+
+def plain_nerfacto() -> Any:
+    """nerfacto itself at the size of the tiny method, with the schedulers of its configuration."""
+    import dataclasses
+
+    from nerfstudio.configs.method_configs import all_methods
+    from nerfstudio.models.nerfacto import NerfactoModelConfig
+
+    config = copy.deepcopy(all_methods["phd-nerfacto-tiny"])
+    tiny = config.pipeline.model
+    values = {
+        f.name: getattr(tiny, f.name) for f in dataclasses.fields(NerfactoModelConfig) if f.name != "_target"
+    }
+    config.pipeline.model = NerfactoModelConfig(**values)
+    config.method_name = "nerfacto"
+    return config
+
+
+def test_ph10_attaches_to_a_plain_nerfacto_run_with_schedulers(workspace, capsys):
+    from nerfstudio_phdropout.nerfstudio_attach import attach
+
+    plain = train("nerfacto", timestamp="plain", config=plain_nerfacto(), steps=20)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        attach(plain.with_name("other.yml"))
+    config = attach(plain, margin=0.1)
+    assert config == Path("outputs/half/phd-nerfacto/plain/config.yml")
+    checkpoint = next((config.parent / "nerfstudio_models").glob("*.ckpt"))
+    assert set(torch.load(checkpoint, weights_only=True)) == {"step", "pipeline"}
+    before, after = first_outputs(load(plain)), first_outputs(load(config))
+    for name in ("rgb", "depth", "accumulation"):
+        assert torch.equal(before[name], after[name])
+    assert "uncertainty" in after
+    with pytest.raises(FileExistsError, match="choose another --output-dir"):
+        attach(plain)
+    again = attach(plain, ratio=0.2, output_dir=Path("elsewhere"))
+    assert json.loads(next((again.parent / "nerfstudio_models").glob("*.json")).read_text())["ratio"] == 0.2
+
+
+def test_ph10_attaches_to_a_plain_splatfacto_run(runs):
+    """A plain run has splatfacto's own configuration; its checkpoint is the same as ours."""
+    import dataclasses
+    import shutil
+
+    import yaml
+    from nerfstudio.models.splatfacto import SplatfactoModelConfig
+
+    from nerfstudio_phdropout.nerfstudio_attach import attach
+
+    config = yaml.load(runs("phd-splatfacto-tiny").read_text(), Loader=yaml.Loader)
+    source = config.get_checkpoint_dir()
+    model = config.pipeline.model
+    values = {
+        f.name: getattr(model, f.name)
+        for f in dataclasses.fields(SplatfactoModelConfig)
+        if f.name != "_target"
+    }
+    config.pipeline.model, config.method_name, config.timestamp = (
+        SplatfactoModelConfig(**values),
+        "splatfacto",
+        "plain",
+    )
+    config.get_checkpoint_dir().mkdir(parents=True)
+    shutil.copy(next(source.glob("*.ckpt")), config.get_checkpoint_dir())
+    config.save_config()
+    attached = attach(config.get_base_dir() / "config.yml")
+    assert "phd-splatfacto/plain" in str(attached)
+    ours, theirs = first_outputs(load(attached)), first_outputs(load(runs("phd-splatfacto-tiny")))
+    assert torch.equal(ours["rgb"], theirs["rgb"])
+    assert float(ours["uncertainty"].max()) > 0
+
+
+def test_methods_without_a_twin_are_refused(workspace):
+    from nerfstudio.configs.method_configs import all_methods
+
+    from nerfstudio_phdropout import PHDropoutConfig
+    from nerfstudio_phdropout.nerfstudio_attach import twin_config
+
+    with pytest.raises(ValueError, match="supported methods: nerfacto, splatfacto, vanilla-nerf"):
+        twin_config(all_methods["tensorf"], PHDropoutConfig())
+
+
+def test_rendering_without_a_ratio_and_exact_on_nerf_are_refused(runs):
+    pipeline = load(runs("phd-nerfacto-tiny"))
+    pipeline.model.config.phdropout.sidecar = None
+    pipeline.model._ratio = None
+    with pytest.raises(RuntimeError, match="no dropout ratio beside this checkpoint; run ns-phdropout first"):
+        first_outputs(pipeline)
+    pipeline.model.config.phdropout.estimator = "exact"
+    with pytest.raises(ValueError, match="exact moments exist for Gaussian splatting only"):
+        pipeline.model.populate_modules()
+
+
+def test_entry_points_load_in_a_fresh_process():
+    code = (
+        "from importlib.metadata import entry_points as e;"
+        "n=[p.load() for g in ('nerfstudio.method_configs','nerfstudio.dataparser_configs')"
+        " for p in e(group=g) if p.name.startswith('phd-')];"
+        "assert len(n)==7, n;"
+        "import numpy, torch, io; b=io.BytesIO();"
+        "torch.save({'lr': numpy.float64(0.1)}, b); b.seek(0);"
+        "assert torch.load(b, weights_only=True)['lr']==0.1"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-2000:]
+
+
+def test_ph09_the_command_line_names_every_method():
+    command = Path(sys.executable).with_name("ns-phdropout")
+    child = subprocess.run(
+        [command, "--load-config", "missing.yml"], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 1
+    assert "ns-phdropout: missing.yml does not exist" in child.stderr

@@ -154,7 +154,7 @@ def _gather(
     backend: Backend,
     out: Tensor | None,
 ) -> Tensor:
-    from tiered_memory.gather import gather_segments
+    from tiered_memory import gather_segments
 
     source, fill, length = read.source, read.fill, read.window.length
     on_device = source.is_cuda or (device.type == "cuda" and backend != "torch" and source.is_pinned())

@@ -19,7 +19,6 @@ from rl_replay_gear.loops import GENERATION_BITS, SLOT_BITS
 from rl_replay_gear.randomness import Generator, uniforms
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Drawn, Selector, TopK
-from rl_replay_gear.shared_memory import SharedRows
 from rl_replay_gear.spec import DTYPE_NAMES, TableSpec
 from rl_replay_gear.table import Anchor, TrajectoryTable
 
@@ -151,7 +150,7 @@ class ShardedTable:
                 "stage": self.layout.pp_stage,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "fd": None if table.shared_rows is None else table.shared_rows.fd,
+                "fd": None if table.arena is None else table.arena.fd,
                 "rows": table.spec.num_rows,
             }
         )
@@ -394,7 +393,7 @@ class ShardedTable:
     def _collect_exchanged(
         self, selection: GlobalSelection, plans: Mapping[int, ReadPlan], target: torch.device
     ) -> TrajectoryBatch:
-        from tiered_memory.gather import gather_segments
+        from tiered_memory import gather_segments
 
         outgoing, counts = [], []
         for process in range(self.world):
@@ -468,7 +467,7 @@ class ShardedTable:
     def _collect_mapped(
         self, selection: GlobalSelection, plans: Mapping[int, ReadPlan], target: torch.device, backend: Any
     ) -> TrajectoryBatch:
-        from tiered_memory.gather import gather_segments, row_code
+        from tiered_memory import gather_segments, row_code
 
         plan = plans[self.layout.pp_stage]
         outgoing = [
@@ -532,21 +531,20 @@ class ShardedTable:
         return wish
 
     def _map_shards(self, facts: Sequence[Mapping[str, Any]]) -> list[list[Tensor]]:
+        from tiered_memory import PinnedArena
+
         shards = []
-        self._mapped: list[SharedRows] = []
+        widths = [words.shape[1] for words in self.table.storage]
         for process, fact in enumerate(facts):
             if process == self.rank:
                 shards.append(list(self.table.storage))
                 continue
-            rows, widths = fact["rows"], [words.shape[1] for words in self.table.storage]
             descriptor = os.open(f"/proc/{fact['pid']}/fd/{fact['fd']}", os.O_RDWR)
             try:
-                pinned = self.table.memory == "pinned"
-                mapped = SharedRows(SharedRows.size(rows, widths), descriptor=descriptor, pinned=pinned)
+                arena = PinnedArena.attach(descriptor, pinned=self.table.arena.pinned or False)
             finally:
                 os.close(descriptor)
-            self._mapped.append(mapped)
-            shards.append([mapped.take(rows, width) for width in widths])
+            shards.append([arena.empty((fact["rows"], width), torch.int64) for width in widths])
         if self.distributed:
             dist.barrier(self.group)
         return shards

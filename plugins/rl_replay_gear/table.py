@@ -21,7 +21,6 @@ from rl_replay_gear.limiter import RateLimiter
 from rl_replay_gear.randomness import CounterGenerator, Generator, uniforms
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Fifo, Selector
-from rl_replay_gear.shared_memory import SharedRows
 from rl_replay_gear.spec import DTYPE_NAMES, ColumnSpec, RowGroup, TableSpec, row_groups
 from rl_replay_gear.window import Window
 
@@ -72,9 +71,9 @@ class TrajectoryTable:
         self.groups = row_groups(spec.all_columns)
         self.read_only = storage is not None
         if storage is None:
-            self.storage, self.shared_rows = _allocate(self.groups, spec.num_rows, self.memory, shared)
+            self.storage, self.arena = _allocate(self.groups, spec.num_rows, self.memory, shared)
         else:
-            self.storage, self.shared_rows = list(storage), None
+            self.storage, self.arena = list(storage), None
         self.index = SlotIndex(spec.max_trajectories, shard)
         self.remover = Fifo() if remover is None else remover
         self.allocator = ExtentAllocator(spec.num_rows, ring=isinstance(self.remover, Fifo))
@@ -587,18 +586,24 @@ def _resolve_memory(memory: str) -> str:
     return memory
 
 
-def _allocate(
-    groups: Sequence[RowGroup], rows: int, memory: str, shared: bool
-) -> tuple[list[Tensor], SharedRows | None]:
-    """One int64 [rows, row_bytes / 8] tensor a group, and what holds them if other processes may map them."""
+def _allocate(groups: Sequence[RowGroup], rows: int, memory: str, shared: bool) -> tuple[list[Tensor], Any]:
+    """One int64 [rows, row_bytes / 8] tensor a group, and the shared arena they lie in, if any."""
     tiers = [_resolve_memory(group.memory or memory) for group in groups]
     widths = [group.row_bytes // _WORD for group in groups]
     if shared:
+        from tiered_memory import PinnedArena
+
         if "device" in tiers:
             raise ValueError("shared=True needs every column in host or pinned memory")
-        rows_of = SharedRows(SharedRows.size(rows, widths), pinned="pinned" in tiers)
-        return [rows_of.take(rows, width) for width in widths], rows_of
+        pinned = None if "pinned" in tiers else False
+        arena = PinnedArena(shared_bytes(rows, widths), pinned=pinned, shared=True)
+        return [arena.empty((rows, width), torch.int64) for width in widths], arena
     return [_rows(rows, width, tier) for width, tier in zip(widths, tiers, strict=True)], None
+
+
+def shared_bytes(rows: int, widths: Sequence[int]) -> int:
+    """Size of an arena that holds ``rows`` of each of ``widths`` words, page-aligned."""
+    return sum(-(-rows * width * _WORD // 4096) * 4096 for width in widths)
 
 
 def _rows(rows: int, width: int, tier: str) -> Tensor:

@@ -37,7 +37,7 @@ def test_gr06_trees_on_the_device_are_exact():
 
 
 def test_gr29_draw_and_gather_replay_from_a_cuda_graph():
-    from tiered_memory.gather import gather_segments
+    from tiered_memory import gather_segments
 
     table = bench.filled(bench.DT_COLUMNS, 50, 200, "device")
     table.collect(table.select(Uniform(), 8), Window(20))

@@ -183,9 +183,9 @@ def timeline(series: Mapping[str, Sequence[tuple[float, float]]], styles: Mappin
                 color=colour,
                 linestyle=DASHES[style % len(DASHES)],
                 marker=MARKERS[style % len(MARKERS)],
-                markersize=5,
+                markersize=5 if len(points) <= 16 else 2.5,
                 markerfacecolor="none" if arm.endswith("#aa") else colour,
-                linewidth=1.2,
+                linewidth=1.2 if len(points) <= 16 else 0.8,
                 label=arm.replace("#aa", " (control)"),
             )
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))

@@ -362,7 +362,8 @@ class _OffloadMixin:
 
     @property
     def _kernel(self) -> Any:
-        return self.quant_method.moe_kernel.fused_experts
+        """vLLM's experts kernel, or None where this vLLM calls it without one (older CPU builds)."""
+        return getattr(self.quant_method.moe_kernel, "fused_experts", None)
 
     @property
     def _has_tiles(self) -> bool:
@@ -398,6 +399,7 @@ class _OffloadMixin:
             and parameter.shape[0] == self.local_num_experts
         }
         if not self._plain_shapes:
+            self._refuse_kernel()
             self._plain_shapes = {name: tensor.shape for name, tensor in tensors.items()}
         return tensors
 
@@ -406,6 +408,14 @@ class _OffloadMixin:
         parameters = dict(self.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].data = tensor
+
+    def _refuse_kernel(self) -> None:
+        # On a GPU the result may depend on tiles, which only the Triton kernel lets us hold fixed.
+        if self.offload.device.type == "cuda" and not self._has_tiles:
+            raise NotImplementedError(
+                f"moe_offload: results on vLLM's kernel {type(self._kernel).__name__} would depend on the "
+                "number of slots; choose --moe-backend triton"
+            )
 
     def _refuse_monolithic(self) -> None:
         if self.quant_method.is_monolithic:

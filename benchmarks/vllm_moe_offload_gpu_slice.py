@@ -1,0 +1,396 @@
+"""First figures on a GPU: is offload lossless with graphs, what does a step cost, what do copies reach?
+
+    python benchmarks/vllm_moe_offload_gpu_slice.py --out result.json [--layers 6]
+
+One process, less than four minutes on one H100 or H200 with vLLM 0.26.0. Parts, in this order, each reported
+even if a later one fails:
+  link       measured pinned and pageable bandwidth
+  one_layer  vLLM's Triton expert kernel on: one array a tensor, records, half the experts read in place from
+             pinned host memory by out-of-range rows, the same after a copy, after a pull by a gather kernel
+  engine     Qwen3-MoE shape (hidden 2048, 128 experts of 768, top-8) with dummy weights under vLLM's default
+             graphs: plain, ours all resident, ours at 50 % and 25 %; step times at batch 1 and 8; equal ids
+The engines run one after the other (two do not fit one process): step times compare engines, not interleaved
+blocks, and the spread is that of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from tiered_memory import PinnedArena, gather_rows, measure_bandwidth
+from vllm_moe_offload import SlabLayout
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
+
+
+def timed(step, repeats: int = 15) -> list[float]:
+    """Milliseconds of each repetition after three to warm up."""
+    times = []
+    for index in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        if index >= 3:
+            times.append(start.elapsed_time(end))
+    return times
+
+
+def summary(samples: list[float]) -> dict:
+    return {
+        "median": statistics.median(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "samples": samples,
+    }
+
+
+def expert_layer(x, w13, w2, weights, ids, expert_map, config):  # noqa: PLR0917
+    """vLLM's TritonExperts.apply for unquantised SiLU experts, with rows of w13 and w2 of our choice."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.fused_moe import MoEActivation
+    from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
+    from vllm.model_executor.layers.fused_moe.fused_moe import (
+        _prepare_expert_assignment,
+        invoke_fused_moe_triton_kernel,
+    )
+    from vllm.triton_utils import tl
+
+    tokens, top_k = ids.shape
+    up = x.new_empty(tokens, top_k, w13.shape[1])
+    act = x.new_empty(tokens * top_k, w13.shape[1] // 2)
+    down = x.new_empty(tokens, top_k, w2.shape[1])
+    out = torch.empty_like(x)
+    order = _prepare_expert_assignment(ids, config, tokens, top_k, EXPERTS, expert_map)
+    common = {
+        "compute_type": tl.bfloat16,
+        "use_fp8_w8a8": False,
+        "use_int8_w8a8": False,
+        "use_int8_w8a16": False,
+        "use_int4_w4a16": False,
+        "per_channel_quant": False,
+    }
+    invoke_fused_moe_triton_kernel(x, w13, up, None, None, None, *order, False, top_k, config, **common)
+    apply_moe_activation(MoEActivation.SILU, act, up.view(-1, w13.shape[1]))
+    invoke_fused_moe_triton_kernel(act, w2, down, None, None, weights, *order, True, 1, config, **common)
+    ops.moe_sum(down, out)
+    return out
+
+
+def one_layer() -> dict:
+    """Open questions 1 to 3 of the design: in-place reads, map or remapped ids, strided records."""
+    torch.manual_seed(0)
+    plain = {
+        "w13": (torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, device="cuda") * 0.02).bfloat16(),
+        "w2": (torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, device="cuda") * 0.02).bfloat16(),
+    }
+    layout = SlabLayout.from_tensors(plain)
+    slabs = torch.zeros(EXPERTS, layout.nbytes, dtype=torch.uint8, device="cuda")
+    records = layout.views(slabs)
+    for name, tensor in plain.items():
+        records[name].copy_(tensor)
+    # The host's records start a whole number of records away from the device's: row numbers reach both.
+    arena = PinnedArena((EXPERTS + 1) * layout.nbytes, pinned=True)
+    shift = (slabs.data_ptr() - arena.buffer.data_ptr()) % layout.nbytes
+    host = arena.buffer[shift : shift + EXPERTS * layout.nbytes].view(EXPERTS, layout.nbytes)
+    host.copy_(slabs)
+    distance, remainder = divmod(host.data_ptr() - slabs.data_ptr(), layout.nbytes)
+    assert remainder == 0
+    report: dict = {
+        "record_nbytes": layout.nbytes,
+        "rows_to_host": distance,
+        "fits_int32": abs(distance) < 2**31,
+    }
+
+    own = torch.arange(EXPERTS, dtype=torch.int32, device="cuda")
+    # Every second expert counts as missing on the device.
+    missing = own % 2 == 1
+    in_place = torch.where(missing, own + distance, own).int()
+    for batch in (1, 8, 32):
+        report[f"batch_{batch}"] = one_batch(batch, plain, slabs, host, layout, own, in_place)
+    return report
+
+
+def one_batch(batch, plain, slots, host, layout, own, in_place) -> dict:  # noqa: PLR0917
+    """All arms for one number of tokens; odd experts are missing from ``slots`` until an arm brings them."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+
+    x = torch.randn(batch, HIDDEN, device="cuda").bfloat16()
+    weights, ids = torch.rand(batch, EXPERTS, device="cuda").softmax(-1).topk(TOP_K)
+    ids = ids.int()
+    config = try_get_optimal_moe_config(plain["w13"].shape, plain["w2"].shape, TOP_K, None, batch)
+    small = batch * TOP_K * 4 <= EXPERTS
+    needed = torch.unique(ids)
+    absent = needed[needed % 2 == 1].long()
+    records = layout.views(slots)
+
+    def run(rows, by_map):
+        chosen, expert_map = (ids, rows) if by_map else (rows[ids.long()], None)
+        return expert_layer(x, records["w13"], records["w2"], weights, chosen, expert_map, config)
+
+    def bring():
+        for expert in absent.tolist():
+            slots[expert].copy_(host[expert], non_blocking=True)
+
+    def pull():
+        slots[absent] = gather_rows(host, absent)
+
+    def resident():
+        return expert_layer(x, plain["w13"], plain["w2"], weights, ids, None, config)
+
+    def after(fetch):
+        def arm():
+            fetch()
+            return run(own, not small)
+
+        return arm
+
+    reference = resident()
+    results = {}
+
+    def measure(name, arm, *, fetched):
+        slots[1::2] = 0xFF  # NaN: a wrong read shows
+        if fetched:
+            bring()
+        results[name] = (torch.equal(arm(), reference), timed(arm))
+
+    measure("plain", resident, fetched=True)
+    measure("records", lambda: run(own, not small), fetched=True)
+    measure("records_by_map", lambda: run(own, True), fetched=True)
+    measure("in_place", lambda: run(in_place, not small), fetched=False)
+    measure("in_place_by_map", lambda: run(in_place, True), fetched=False)
+    measure("copy_then_run", after(bring), fetched=False)
+    measure("pull_then_run", after(pull), fetched=False)
+    asked = []
+    for _ in range(50):
+        start = time.perf_counter()
+        ids.cpu().numpy()
+        asked.append((time.perf_counter() - start) * 1e6)
+    moved = len(absent) * layout.expert_nbytes
+    base = statistics.median(results["records"][1])
+    return {
+        "distinct_experts": len(needed),
+        "missing_experts": len(absent),
+        "missing_bytes": moved,
+        "small_batch_path": small,
+        "ids_to_host_us": statistics.median(asked),
+        "arms": {
+            name: {
+                "bitwise_equal": equal,
+                "ms": summary(times),
+                "bytes_per_s_beyond_resident": moved / max(statistics.median(times) - base, 1e-6) * 1e3,
+            }
+            for name, (equal, times) in results.items()
+        },
+    }
+
+
+def fast_dummy_weights(module, model_config, *args, **kwargs) -> None:
+    """Random weights at memory speed (vLLM's own take minutes on the host for gigabytes of experts)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.empty(1 << 20).uniform_(-0.05, 0.05, generator=generator)
+    for parameter in module.state_dict().values():
+        if parameter.is_floating_point() and parameter.numel():
+            flat = parameter.data.view(-1)
+            # Odd offsets, so that layers and experts differ.
+            start = parameter.numel() % 9973
+            tile = noise.roll(start).to(parameter.dtype).to(parameter.device)
+            whole = flat.numel() // tile.numel() * tile.numel()
+            flat[:whole].view(-1, tile.numel()).copy_(tile.expand(whole // tile.numel(), -1))
+            flat[whole:].copy_(tile[: flat.numel() - whole])
+
+
+def write_config(folder: Path, layers: int) -> None:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": INTERMEDIATE,
+        "intermediate_size": 6144,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def step_times(llm, batch: int, steps: int) -> tuple[list[float], list[list[int]]]:
+    """Milliseconds of each decode step and the ids generated."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+    for row in range(batch):
+        prompt = {"prompt_token_ids": [(row * 977 + 31 * position) % 31000 for position in range(16)]}
+        llm.llm_engine.add_request(f"{batch}-{row}", prompt, params)
+    times, finished = [], {}
+    while llm.llm_engine.has_unfinished_requests():
+        start = time.perf_counter()
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times[4:-2], [finished[key] for key in sorted(finished)]
+
+
+def run_engine(folder: Path, options: dict | None, layers: int) -> dict:
+    from vllm import LLM
+
+    import vllm_moe_offload
+
+    arguments = {"additional_config": {"moe_offload": options}} if options else {}
+    start = time.perf_counter()
+    llm = LLM(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.5,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
+        seed=0,
+        **arguments,
+    )
+    report: dict = {"start_seconds": time.perf_counter() - start}
+    try:
+        report["cudagraph_mode"] = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
+        for batch in (1, 8):
+            step_times(llm, batch, 16)
+            if options:
+                before = vllm_moe_offload.stats(llm)[0]
+                vllm_moe_offload.moved_bytes()
+            began = time.perf_counter()
+            times, ids = step_times(llm, batch, 48)
+            elapsed = time.perf_counter() - began
+            result = {"step_ms": summary(times), "ids": ids}
+            if options:
+                after = vllm_moe_offload.stats(llm)[0]
+                counts = {
+                    name: after[name] - before[name]
+                    for name in ("accesses", "hits", "late", "misses", "copies", "waves")
+                }
+                moved = vllm_moe_offload.moved_bytes()["dram->hbm"]
+                result |= {
+                    **counts,
+                    "hit_rate": counts["hits"] / max(counts["accesses"], 1),
+                    "moved_bytes": moved,
+                    "moved_bytes_per_s_of_run": moved / elapsed,
+                }
+            report[f"batch_{batch}"] = result
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+    return report
+
+
+def engines(layers: int, save) -> dict:
+    from vllm.model_executor.model_loader import dummy_loader
+
+    dummy_loader.initialize_dummy_weights = fast_dummy_weights
+    report: dict = {"layers": layers}
+    arms = {
+        "plain": None,
+        "ours_all_resident": {"cache_fraction": 1.0, "policy": "lru"},
+        "ours_50": {"cache_fraction": 0.5, "policy": "lru"},
+        "ours_25": {"cache_fraction": 0.25, "policy": "lru"},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_config(folder, layers)
+        for arm, options in arms.items():
+            report[arm] = run_engine(folder, options, layers)
+            for batch in ("batch_1", "batch_8"):
+                ids = report[arm][batch]["ids"]
+                report[arm][batch]["ids_equal_plain"] = ids == report["plain"][batch]["ids"]
+            save(report)
+    for arm in arms:
+        for batch in ("batch_1", "batch_8"):
+            report[arm][batch].pop("ids")
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--parts", default="link,one_layer,engine")
+    arguments = parser.parse_args()
+    import triton
+    import vllm
+
+    device = torch.cuda.get_device_properties(0)
+    result: dict = {
+        "command": "python " + " ".join(["benchmarks/vllm_moe_offload_gpu_slice.py", *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "vllm": vllm.__version__,
+        },
+        "hardware": {"gpu": device.name, "gpu_memory_bytes": device.total_memory, "cpus": os.cpu_count()},
+    }
+
+    def save(part=None, name=None) -> None:
+        if name:
+            result[name] = part
+        arguments.out.write_text(json.dumps(result, indent=1))
+
+    def link() -> dict:
+        return {
+            name: measure_bandwidth(name, nbytes=512 << 20, seconds=0.3).__dict__
+            for name in ("host_to_device", "pageable_to_device", "device_copy")
+        }
+
+    parts = {
+        "link": link,
+        "one_layer": one_layer,
+        "engine": lambda: engines(arguments.layers, lambda report: save(report, "engine")),
+    }
+    failed = 0
+    for name in arguments.parts.split(","):
+        start = time.perf_counter()
+        try:
+            part = parts[name]()
+        except Exception:
+            part = {**result.get(name, {}), "error": traceback.format_exc()}
+            failed = 1
+        part["seconds"] = time.perf_counter() - start
+        save(part, name)
+        print(f"{name}: {part['seconds']:.1f} s{' FAILED' if 'error' in part else ''}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""On one GPU: results equal plain vLLM, eager and with graphs; tiles and waves of the CUDA path."""
+
+from __future__ import annotations
+
+import pytest
+
+import vllm_moe_offload
+from tests.support.tiny_models import write_tiny_model
+from tests.vllm_moe_offload.engines import engine, generate
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+
+EXPERTS, LAYERS = 16, 3
+FAMILIES = {
+    "qwen3_moe": {"num_experts": EXPERTS, "num_experts_per_tok": 4},
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+}
+# Four prompts of 5 to 14 tokens: 38 tokens in the first step use nearly all 16 experts of a layer.
+SLOTS = {"qwen3_moe": [4, 7, 20, 48], "mixtral": [2, 9, 48]}
+MODES = {
+    "eager": {"enforce_eager": True},
+    "graphs": {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}},
+}
+
+
+def gpu_engine(folder, options=None, **arguments):
+    return engine(folder, options, gpu_memory_utilization=0.2, max_num_seqs=8, **arguments)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    folder = write_tiny_model(
+        request.param, tmp_path_factory.mktemp(request.param), **FAMILIES[request.param]
+    )
+    return request.param, folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mo03_mo12_bitwise_equal_on_a_gpu(family, mode):
+    name, folder = family
+    with gpu_engine(folder, **MODES[mode]) as llm:
+        plain = generate(llm, tokens=16)
+    slots = SLOTS[name] if mode == "eager" else SLOTS[name][1:2]
+    for count in slots:
+        options = {"cache_fraction": count / (EXPERTS * LAYERS), "policy": "lru", "debug_checks": True}
+        with gpu_engine(folder, options, **MODES[mode]) as llm:
+            assert generate(llm, tokens=16) == plain, f"{count} slots, {mode}"
+            (report,) = vllm_moe_offload.stats(llm)
+            _check_graphs(llm, mode)
+            _check_mo02(vllm_moe_offload.get_cache(llm), count)
+        assert report["bytes_host_to_device"] == report["copies"] * report["expert_nbytes"]
+        assert report["accesses"] == report["hits"] + report["late"] + report["misses"] > 0
+        assert (report["waves"] > 0) == (count < 12)
+        if count == EXPERTS * LAYERS:
+            assert report["copies"] == 0
+
+
+def _check_graphs(llm, mode):
+    from vllm.config import CUDAGraphMode
+
+    compilation = llm.llm_engine.vllm_config.compilation_config
+    if mode == "eager":
+        assert compilation.cudagraph_mode == CUDAGraphMode.NONE
+        return
+    # MO-12: FULL is lowered, and the expert op is a split point.
+    assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    assert "vllm::moe_forward" in compilation.splitting_ops
+
+
+def _check_mo02(cache, count):
+    assert cache.device.type == "cuda"
+    assert cache.num_slots == count
+    for view in cache.views.values():
+        assert view.shape[0] == count
+        assert view.is_cuda
+    assert cache.store.record(0, 0).is_pinned()
+
+
+def test_trap7_tiles_are_those_of_the_plain_shape(family, monkeypatch):
+    """Whatever the number of slots, vLLM's kernel runs with the config it would pick for all experts."""
+    _, folder = family
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    used: list[tuple[int, tuple]] = []
+    original = triton_moe.invoke_fused_moe_triton_kernel
+
+    def spy(a, b, *args, **kwargs):
+        config = next(argument for argument in args if isinstance(argument, dict))
+        used.append((args[0].shape[0], tuple(sorted(config.items()))))
+        return original(a, b, *args, **kwargs)
+
+    monkeypatch.setattr(triton_moe, "invoke_fused_moe_triton_kernel", spy)
+    with gpu_engine(folder) as llm:
+        used.clear()
+        generate(llm)
+        plain = set(used)
+    with gpu_engine(folder, {"cache_fraction": 5 / 48, "policy": "lru"}) as llm:
+        used.clear()
+        generate(llm)
+    assert set(used) == plain
+
+
+def test_mo11_each_missing_expert_moves_once_per_layer_pass(family):
+    _, folder = family
+    with gpu_engine(folder, {"cache_fraction": 6 / 48, "policy": "lru"}) as llm:
+        cache = vllm_moe_offload.get_cache(llm)
+        cache.clear()
+        before = dict(cache.stats)
+        generate(llm, [{"prompt_token_ids": list(range(2, 100))}], tokens=1)
+        moved = cache.stats["copies"] - before["copies"]
+        missed = cache.stats["misses"] - before["misses"]
+        assert moved == missed
+        assert moved <= EXPERTS * LAYERS
+
+
+def test_mo10_experts_are_created_on_the_host(tmp_path):
+    """Loading takes device memory for what is not an expert and, at a time, for one layer of experts."""
+    folder = write_tiny_model(
+        "qwen3_moe",
+        tmp_path,
+        hidden_size=512,
+        moe_intermediate_size=512,
+        num_experts=32,
+        num_hidden_layers=6,
+    )
+    with gpu_engine(folder, {"slots_per_layer": 4, "policy": "lru"}, load_format="safetensors") as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        cache = vllm_moe_offload.get_cache(llm)
+        other = sum(
+            parameter.nbytes
+            for name, parameter in worker.get_model().named_parameters()
+            if not name.endswith(("w13_weight", "w2_weight"))
+        )
+        layer = 32 * cache.store.layout.nbytes
+        # The allocator reserves memory in blocks of up to 20 MiB for each size class.
+        assert worker.model_runner.model_memory_usage <= other + layer + (40 << 20)
+        assert worker.model_runner.model_memory_usage < other + 3 * layer

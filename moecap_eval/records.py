@@ -31,6 +31,7 @@ RECORDS_FILE = "records.jsonl"
 STEPS_FILE = "steps.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class RecordLog:
                 f"{out_dir} is in use by another run; wait for it or choose another -o"
             ) from None
         try:
-            check_config(out_dir, str(header["config_digest"]))
+            if not check_config(out_dir, str(header["config_digest"])):
+                self._start_anew(out_dir)
             torn = [_cut_torn_line(path) for path in (self._path, self._steps_path)]
             self.repaired = any(torn)
             self._file.seek(0, os.SEEK_END)
@@ -152,6 +154,21 @@ class RecordLog:
         except BaseException:
             self._file.close()
             raise
+
+    def _start_anew(self, out_dir: Path) -> None:
+        """Drop what an attempt left that never finished a block, such as one with a mistake in its config.
+
+        Files of these names in a folder without records are somebody else's.
+        """
+        others = [out_dir / name for name in (STEPS_FILE, ENVIRONMENT_FILE, CONFIG_FILE, REPORT_FILE)]
+        if self._path.stat().st_size == 0:
+            foreign = next((path for path in others if path.exists()), None)
+            if foreign is not None:
+                self._path.unlink()
+                raise ValueError(f"{foreign} exists and is not of a run; choose another -o")
+        self._file.truncate(0)
+        for path in others:
+            path.unlink(missing_ok=True)
 
     def append(self, records: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]] = ()) -> None:
         """Write lines in one append: the steps first, so that a ``block`` line implies its steps."""
@@ -171,20 +188,24 @@ class RecordLog:
         self._file.close()
 
 
-def check_config(out_dir: Path, digest: str) -> None:
-    """Refuse a folder with the records of another config; a new or empty folder is fine."""
+def check_config(out_dir: Path, digest: str) -> bool:
+    """Whether the folder's records are of this config; False for a folder without any block.
+
+    Raises:
+        ValueError: it holds blocks of another config.
+    """
     path = out_dir / RECORDS_FILE
     if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb") as file:
-        first = file.readline()
-    if not first.endswith(b"\n"):
-        return
-    stored = _parse(first, path, 1).get("config_digest")
-    if stored != digest:
+        return False
+    lines = _read_lines(path, torn_end=True)
+    stored = lines[0].get("config_digest") if lines else None
+    if stored == digest:
+        return True
+    if any(line.get("kind") == "block" for line in lines):
         raise ValueError(
             f"{out_dir} holds records of another config (digest {str(stored)[:12]}...); choose another -o"
         )
+    return False
 
 
 def read_records(out_dir: str | Path) -> Records:

@@ -12,11 +12,18 @@ from typing import Any
 import jinja2
 
 from moecap_eval.comparison import Comparison, compare
-from moecap_eval.records import CONFIG_FILE, ENVIRONMENT_FILE, RECORDS_FILE, STEPS_FILE, Records, read_records
+from moecap_eval.records import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    RECORDS_FILE,
+    REPORT_FILE,
+    STEPS_FILE,
+    Records,
+    read_records,
+)
 from moecap_eval.report import money, sections
 from moecap_eval.report.narrative import recommend, tell
 
-REPORT_FILE = "report.html"
 EMBED_UP_TO_BYTES = 8 * 2**20
 
 

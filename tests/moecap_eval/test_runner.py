@@ -281,6 +281,25 @@ def test_mistakes_stop_the_run_before_a_block(tmp_path, change, message):
     assert not (tmp_path / "out").exists() or blocks_of(tmp_path / "out") == []
 
 
+def test_a_folder_without_a_block_takes_a_mended_config(tmp_path):
+    """A mistake found while opening leaves a header behind, which must not claim the folder."""
+    with pytest.raises(ValueError, match="slowdwn"):
+        run(parse_config(config_data({"plain": {}, "fast": {"slowdwn": 2}})), tmp_path)
+    assert (tmp_path / "records.jsonl").exists()
+    summary = run(parse_config(config_data(ARMS)), tmp_path)
+    assert summary.completed == {"plain": 4, "fast": 4, "plain#aa": 4}
+    assert read_records(tmp_path).arm_names == ("plain", "fast")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "report.html", "environment.json"])
+def test_files_of_somebody_else_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists and is not of a run; choose another -o"):
+        run(parse_config(config_data(ARMS)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_arms_must_have_the_same_items(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))

@@ -167,10 +167,31 @@ def _gather(
         fill = fill if fill is None else fill.to(source.device)
         words = gather_segments(source, bounds[0], bounds[1], bounds[2], length, fill=fill, backend=backend)
         return words.cpu() if out is None else out.copy_(words)
-    first, count, shift, _ = host
-    cpu_backend: Backend = "torch" if device.type == "cuda" else backend
     if device.type == "cpu":
-        return gather_segments(source, first, count, shift, length, fill=fill, out=out, backend=cpu_backend)
-    staged = torch.empty((len(first), length, source.shape[1]), dtype=torch.int64, pin_memory=True)
-    gather_segments(source, first, count, shift, length, fill=fill, out=staged, backend=cpu_backend)
+        return _gather_on_cpu(read, host, backend, out)
+    staged = torch.empty((host.shape[1], length, source.shape[1]), dtype=torch.int64, pin_memory=True)
+    _gather_on_cpu(read, host, "torch", staged)
     return staged.to(device, non_blocking=True) if out is None else out.copy_(staged, non_blocking=True)
+
+
+def _gather_on_cpu(read: Read, host: Tensor, backend: Backend, out: Tensor | None) -> Tensor:
+    """Windows of whole rows are single runs of memory: one wide row each of an overlapping view.
+
+    A run that begins ``shift`` rows early brings every step to its place; what it brings besides is padding
+    and is overwritten.
+    """
+    from tiered_memory import gather_rows, gather_segments
+
+    source, fill, length = read.source, read.fill, read.window.length
+    first, count, shift, _ = host
+    rows, width = source.shape
+    begin = first - shift
+    inside = len(begin) > 0 and rows >= length and int(begin.min()) >= 0 and int(begin.max()) <= rows - length
+    if backend == "triton" or source.stride(0) != width or not inside:
+        return gather_segments(source, first, count, shift, length, fill=fill, out=out, backend=backend)
+    runs = source.as_strided((rows - length + 1, length * width), (width, 1))
+    flat = None if out is None else out.view(len(first), length * width)
+    words = gather_rows(runs, begin, out=flat, backend=backend).view(len(first), length, width)
+    fill_row = np.zeros(width, np.int64) if fill is None else fill.numpy()
+    loops.fill_padding(words.numpy(), count.numpy(), shift.numpy(), fill_row)
+    return words

@@ -86,6 +86,18 @@ def window_segments(
 
 
 @njit(cache=True, nogil=True)
+def fill_padding(words: np.ndarray, count: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> None:
+    """Set every position of ``words`` int64 [B, L, W] outside ``shift .. shift + count`` to ``fill`` [W]."""
+    for i in range(words.shape[0]):
+        if count[i] == words.shape[1]:
+            continue
+        for j in range(words.shape[1]):
+            if j < shift[i] or j >= shift[i] + count[i]:
+                for k in range(words.shape[2]):
+                    words[i, j, k] = fill[k]
+
+
+@njit(cache=True, nogil=True)
 def uniform_anchors(u: np.ndarray, slots: np.ndarray, length: np.ndarray, anchors: np.ndarray) -> None:
     """A step of each trajectory, uniform: ``floor(u * n)``."""
     for i in range(slots.shape[0]):
@@ -247,6 +259,12 @@ def window_segments_numpy(
     out[3] = low
 
 
+def fill_padding_numpy(words: np.ndarray, count: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> None:
+    """The twin of ``fill_padding``."""
+    position = np.arange(words.shape[1])
+    words[(position < shift[:, None]) | (position >= (shift + count)[:, None])] = fill
+
+
 def uniform_anchors_numpy(u: np.ndarray, slots: np.ndarray, length: np.ndarray, anchors: np.ndarray) -> None:
     """The twin of ``uniform_anchors``."""
     steps = length[slots]
@@ -261,3 +279,4 @@ def make_handles_numpy(slots: np.ndarray, generation: np.ndarray, shard: int, ha
 if not COMPILED:
     locate, window_segments = locate_numpy, window_segments_numpy
     uniform_anchors, make_handles = uniform_anchors_numpy, make_handles_numpy
+    fill_padding = fill_padding_numpy

@@ -34,7 +34,7 @@ def effective_frequencies(layer: SPE, x: Tensor) -> Tensor:
     phase = phases(x, bands)
     weight = nerf_order_weight(layer.weight, bands, dims, None).to(phase.dtype)
     split = dims * int(bands.include_input)
-    waves = weight[:, split:].reshape(-1, bands.num_bands, 2, dims)
+    waves = weight[:, split:].reshape(len(weight), bands.num_bands, 2, dims)
     rates = torch.tensor([bands.scale * m for m in bands.multipliers], dtype=phase.dtype, device=x.device)
     slopes = torch.einsum("hld,ndl,l->nhd", waves[:, :, 0], phase.cos(), rates)
     slopes -= torch.einsum("hld,ndl,l->nhd", waves[:, :, 1], phase.sin(), rates)

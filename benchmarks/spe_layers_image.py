@@ -1,0 +1,229 @@
+"""Images: does SPE with automatic bands match the best of every peer's grid?
+
+    python benchmarks/spe_layers_image.py --device cuda
+    python benchmarks/spe_layers_image.py --quick            a small grid on a CPU
+
+Half of the pixels (checkerboard) of 48 x 48 grey pictures of scikit-image train, the other half test. The
+network has a first layer of 64 units, then two ReLU layers of 64; Adam, the same learning rates for EVERY
+method. A method's figure is that of its best learning rate by mean TEST PSNR: an oracle choice that favours
+peers with more variants. Seeds and learning rates train at once as one batch. ``--save-data FILE`` and
+``--data FILE`` carry the pictures to a machine without scikit-image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from benchmarks.common import RESULTS, Headline, write_result
+from spe_layers import Bands, build_first_layer, select_bands
+from spe_layers.signals import image_halves
+
+WIDTH, SIZE = 64, 48
+Build = Callable[[], nn.Module]
+
+
+def methods(x: Tensor, y: Tensor, *, quick: bool) -> tuple[dict[str, Build], dict[str, Any]]:
+    """First layers by name, and what the automatic choice chose and cost."""
+    named: dict[str, Build] = {}
+
+    def add(label: str, name: str, bands: int | Bands = 8, **options: Any) -> None:
+        if name == "spe":
+            options["backend"] = "eager"  # the fused kernels have no rule for vmap
+        named[label] = partial(build_first_layer, name, 2, WIDTH, bands, **options)
+
+    for bands in (3, 4, 5, 8) if quick else range(3, 11):
+        add(f"PE L={bands}", "relu", bands)
+    for bands in (4, 5) if quick else (3, 4, 5, 8):
+        add(f"identity L={bands}", "identity", bands)
+        add(f"SPE L={bands}", "spe", bands)
+    for sigma in (0.5, 1.0, 3.0) if quick else (0.25, 0.5, 1.0, 2.0, 3.0, 5.0):
+        add(f"RFF sigma={sigma:g}", "rff", sigma=sigma)
+    for omega in (10.0,) if quick else (5.0, 10.0, 20.0, 30.0):
+        add(f"SIREN omega={omega:g}", "siren", omega_0=omega)
+    if not quick:
+        add("PE He L=4", "relu_he", 4)
+        add("tiled L=4", "tiled", 4)
+        for gamma in (0.1, 0.3):
+            add(f"LFF gamma={gamma:g}", "lff", gamma=gamma)
+        for scale in (1.0, 5.0):
+            add(f"FINER k={scale:g}", "finer", omega_0=5.0, bias_scale=scale)
+        add("WIRE", "wire")
+        for sigma in (0.1, 0.3):
+            add(f"Gaussian sigma={sigma:g}", "gauss", sigma=sigma)
+    for decay in (0.0, 1.0):
+        bands8 = Bands.octaves(8, scale=torch.pi, decay=decay)
+        add(f"SPE calibrated L=8 decay={decay:g}", "spe", bands8, init="calibrated")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spacing = select_bands(x)
+    start = time.perf_counter()
+    chosen = select_bands(x, y)
+    seconds = time.perf_counter() - start
+    add("SPE auto (spacing)", "spe", spacing, init="calibrated")
+    add("SPE auto (targets)", "spe", chosen, init="calibrated")
+    choice = {
+        "bands": chosen.num_bands,
+        "amplitudes": chosen.amplitudes,
+        "max_frequency": chosen.max_frequency,
+        "spacing_bands": spacing.num_bands,
+        "seconds": seconds,
+    }
+    return named, choice
+
+
+def train(
+    build: Build, data: list[Tensor], *, rates: tuple[float, ...], seeds: int, steps: int
+) -> dict[str, Any]:
+    """Test PSNR [learning rate][seed] of one method; all of them step together."""
+    x, y, x_test, y_test = data
+    models = [network(build, seed).to(x.device) for _ in rates for seed in range(seeds)]
+    parameters, buffers = stack_module_state(models)
+    template = copy.deepcopy(models[0])
+
+    def one(p: dict[str, Tensor], b: dict[str, Tensor], points: Tensor) -> Tensor:
+        return functional_call(template, (p, b), (points,)).squeeze(-1)
+
+    predict = vmap(one, (0, 0, None))
+    # Adam's step is linear in the rate, so each model's is scaled to its own.
+    values = list(parameters.values())
+    scales = [torch.tensor(rates, device=x.device).repeat_interleave(seeds).reshape(-1, *[1] * (p.dim() - 1))
+              for p in values]  # fmt: skip
+    first, second = ([torch.zeros_like(p) for p in values] for _ in range(2))
+    for step in range(1, steps + 1):
+        loss = (predict(parameters, buffers, x) - y).square().mean(1).sum()
+        grads = torch.autograd.grad(loss, values)
+        with torch.no_grad():
+            torch._foreach_lerp_(first, grads, 0.1)
+            torch._foreach_lerp_(second, torch._foreach_mul(grads, grads), 0.001)
+            slope = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(second, 1 - 0.999**step)), 1e-8)
+            update = torch._foreach_div(torch._foreach_div(first, 1 - 0.9**step), slope)
+            torch._foreach_sub_(values, torch._foreach_mul(update, scales))
+    with torch.no_grad():
+        # Pictures span 2, so the peak's square is 4.
+        error = (predict(parameters, buffers, x_test) - y_test).square().mean(1) / 4
+    psnr = (-10 * error.log10()).reshape(len(rates), seeds)
+    return {"psnr": psnr.tolist(), "parameters": sum(p.numel() for p in models[0].parameters())}
+
+
+def network(build: Build, seed: int) -> nn.Module:
+    """The first layer, two hidden layers, one output."""
+    torch.manual_seed(seed)
+    hidden = [m for _ in range(2) for m in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(build(), *hidden, nn.Linear(WIDTH, 1))
+
+
+def family(name: str) -> str:
+    """The method without its setting."""
+    return (
+        name
+        if name.startswith("SPE auto") or "calibrated" in name
+        else name.split(" L=", maxsplit=1)[0].split(" ", maxsplit=1)[0]
+    )
+
+
+def headline(found: dict[str, dict[str, Any]], seeds: int) -> list[Headline]:
+    """Best of each family's grid a picture, and the goals."""
+    rows: list[Headline] = []
+    reached = 0
+    means: dict[str, list[float]] = {}
+    for image, results in found.items():
+        best = {name: max(map(statistics.mean, r["psnr"])) for name, r in results.items()}
+        grid = {f: max(v for n, v in best.items() if family(n) == f) for f in {family(n) for n in best}}
+        for name, value in grid.items():
+            means.setdefault(name, []).append(value)
+        auto = grid["SPE auto (targets)"]
+        reached += auto >= grid["PE"] - 0.2 and auto >= grid["RFF"] - 0.5
+        rows.append(spread_row(f"{image}: SPE auto (targets)", results["SPE auto (targets)"], seeds))
+        decayed = best["SPE calibrated L=8 decay=1"] - best["SPE calibrated L=8 decay=0"]
+        comparisons = [
+            ("auto (targets) - best PE of the grid", auto - grid["PE"], ">= -0.2"),
+            ("auto (targets) - best RFF of the grid", auto - grid["RFF"], ">= -0.5"),
+            ("auto (spacing) - best PE of the grid", grid["SPE auto (spacing)"] - grid["PE"], ">= -2"),
+            ("best identity control - best SPE of fixed L", grid["identity"] - grid["SPE"], ""),
+            ("SPE of 8 octaves: decay 1 - decay 0", decayed, ">= 3"),
+        ]
+        rows += [Headline(f"{image}: {what}", value, "dB", target=goal) for what, value, goal in comparisons]
+    rows.insert(0, Headline("pictures on which auto (targets) meets both goals", reached, f"of {len(found)}"))
+    for name, values in sorted(means.items(), key=lambda item: -statistics.mean(item[1])):
+        rows.append(Headline(f"mean over pictures, best setting of {name}", statistics.mean(values), "dB"))
+    return rows
+
+
+def spread_row(what: str, result: dict[str, Any], seeds: int) -> Headline:
+    best = max(result["psnr"], key=statistics.mean)
+    return Headline(
+        what, statistics.mean(best), "dB", min(best), max(best), note=f"{seeds} seeds, lowest to highest"
+    )
+
+
+def pictures(names: list[str], file: Path | None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Coordinates, values and training mask a picture."""
+    if file is not None:
+        return torch.load(file, weights_only=True)
+    return {name: image_halves(name, SIZE) for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="few methods, one learning rate, 3 seeds, 300 steps"
+    )
+    parser.add_argument("--images", nargs="+", default=["camera", "astronaut", "brick", "text"])
+    parser.add_argument("--data", type=Path, help="pictures written by --save-data")
+    parser.add_argument("--save-data", type=Path, help="write the pictures and stop")
+    arguments = parser.parse_args()
+    data = pictures(arguments.images, arguments.data)
+    if arguments.save_data:
+        torch.save(data, arguments.save_data)
+        return
+    quick = arguments.quick
+    rates, seeds, steps = ((3e-3,), 3, 300) if quick else ((1e-3, 3e-3, 1e-2), 5, 600)
+    found: dict[str, dict[str, Any]] = {}
+    choices: dict[str, Any] = {}
+    for image, (x, y, mask) in data.items():
+        named, choices[image] = methods(x[mask], y[mask], quick=quick)
+        halves = [t.to(arguments.device) for t in (x[mask], y[mask], x[~mask], y[~mask])]
+        start = time.perf_counter()
+        found[image] = {
+            name: train(build, halves, rates=rates, seeds=seeds, steps=steps) for name, build in named.items()
+        }
+        print(f"{image}: {time.perf_counter() - start:.0f} s, chose {choices[image]}", flush=True)
+        write_result(
+            "spe_layers_image_quick" if quick else "spe_layers_image",
+            question="Does SPE with automatic bands match the best of every peer's grid on images?",
+            headline=headline(found, seeds),
+            samples={
+                f"{picture} {name} (dB)": list(chain(*result["psnr"]))
+                for picture, results in found.items()
+                for name, result in results.items()
+            },
+            folder=arguments.out,
+            learning_rates=list(rates),
+            seeds=seeds,
+            steps=steps,
+            parameters={name: result["parameters"] for name, result in found[image].items()},
+            chosen_bands=choices,
+        )
+    for row in headline(found, seeds):
+        print(f"{row.what:70s} {row.value:8.3f} {row.unit} {row.target}")
+
+
+if __name__ == "__main__":
+    main()

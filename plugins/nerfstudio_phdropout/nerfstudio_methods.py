@@ -48,15 +48,16 @@ def _adam(lr: float, lr_final: float | None = None, max_steps: int = 30_000, **m
     return {"optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15), "scheduler": scheduler}
 
 
-def _splat_optimizers() -> dict[str, Any]:
+def _splat_optimizers(speed: float = 1.0) -> dict[str, Any]:
+    """splatfacto's optimizers; ``speed`` multiplies rates, for runs of a few hundred steps."""
     warm = {"warmup_steps": 1000, "lr_pre_warmup": 0}
     return {
-        "means": _adam(1.6e-4, 1.6e-6),
-        "features_dc": _adam(2.5e-3),
-        "features_rest": _adam(2.5e-3 / 20),
+        "means": _adam(1.6e-4 * speed, 1.6e-6 * speed),
+        "features_dc": _adam(2.5e-3 * speed),
+        "features_rest": _adam(2.5e-3 / 20 * speed),
         "opacities": _adam(0.05),
-        "scales": _adam(5e-3),
-        "quats": _adam(1e-3),
+        "scales": _adam(5e-3 * speed),
+        "quats": _adam(1e-3 * speed),
         "camera_opt": _adam(1e-4, 5e-7, **warm),
         "bilateral_grid": _adam(2e-3, 1e-4, **warm),
     }
@@ -206,7 +207,7 @@ phd_vanilla_nerf_tiny = MethodSpecification(
                 eval_num_rays_per_batch=128,
             ),
             model=PHDropoutVanillaModelConfig(
-                num_coarse_samples=24, num_importance_samples=24, eval_num_rays_per_chunk=2048
+                num_coarse_samples=16, num_importance_samples=16, eval_num_rays_per_chunk=2048
             ),
         ),
         {"fields": {"optimizer": RAdamOptimizerConfig(lr=5e-4, eps=1e-8), "scheduler": None}},
@@ -227,7 +228,7 @@ phd_splatfacto_tiny = MethodSpecification(
                 background_color="black",
             ),
         ),
-        _splat_optimizers(),
+        _splat_optimizers(speed=6.0),
         steps=400,
     ),
     description="phd-splatfacto of a size for a CPU and the procedural scenes",

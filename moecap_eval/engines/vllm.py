@@ -270,13 +270,13 @@ def drain_routing(llm: LLM) -> RoutingTrace:
     Raises:
         RuntimeError: nothing was recorded (``record_routing`` was not called, or no pass ran).
     """
-    counts, tokens = llm.collective_rpc("moecap_drain_routing")[0]
-    if not counts:
+    routing = llm.collective_rpc("moecap_drain_routing")[0]
+    if not routing["tokens"]:
         raise RuntimeError("no routing was recorded: call record_routing(llm) before generating")
     spec = model_spec(llm)
     return RoutingTrace(
-        counts=np.stack(counts),
-        tokens=np.asarray(tokens, dtype=np.int32),
+        counts=np.frombuffer(routing["counts"], np.int32).reshape(routing["shape"]),
+        tokens=np.asarray(routing["tokens"], np.int32),
         layer_ids=spec.moe_layers,
         top_k=spec.top_k,
     )

@@ -91,9 +91,14 @@ class _ProfilingMixin:
         """Fields of the ``StepRecord`` of each pass since the last call, in order."""
         return self._moecap.drain()
 
-    def moecap_drain_routing(self) -> tuple[list[np.ndarray], list[int]]:
-        """Counts int32 ``[layers, experts]`` and tokens of each pass since the last call."""
-        return self._moecap.drain_routing()
+    def moecap_drain_routing(self) -> dict[str, Any]:
+        """Routing of the passes since the last call: ``counts`` are the bytes of int32 ``shape``.
+
+        Bytes, because vLLM's messages between processes do not carry nested arrays.
+        """
+        counts, tokens = self._moecap.drain_routing()
+        stacked = np.stack(counts) if counts else np.zeros((0, 0, 0), np.int32)
+        return {"counts": stacked.tobytes(), "shape": list(stacked.shape), "tokens": tokens}
 
     def moecap_device_bytes(self) -> int | None:
         """Device memory this worker holds, None on a CPU."""

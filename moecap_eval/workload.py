@@ -141,7 +141,7 @@ class System(ABC):
         """Seconds on the clock by which the harness times ``run``; a simulation has its own."""
         return time.perf_counter()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - optional, most systems hold nothing
         """Release what ``Workload.open`` acquired."""
 
 

@@ -138,6 +138,24 @@ def test_qv02_threads_of_one_call_change_nothing(threads):
         assert (numba_cpu.dense_map(5000) == -1).all()
 
 
+def test_qv02_threads_of_one_call_work_after_a_fork():
+    import multiprocessing
+
+    topology = CSCTopology.from_edge_index(random_edges(5000, 200_000, 3), 5000)
+    sampler = QuiverSampler(topology, [15, 10], num_threads=2)
+    expected = sampler.sample(torch.arange(2000)).edge.sum()
+    here, there = multiprocessing.get_context("fork").Pipe()
+
+    def child() -> None:
+        there.send(int(sampler.sample(torch.arange(2000)).edge.sum()))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert here.poll(30)
+    assert here.recv() == expected
+    process.join(10)
+
+
 def test_qv02_scratch_maps_are_clean_after_a_call():
     topology = CSCTopology.from_edge_index(random_edges(500, 5000, 4), 500)
     for start in range(0, 500, 50):

@@ -50,7 +50,7 @@ def sampler(topology) -> QuiverSampler:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pyg_quiver")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pyg_quiver-")]
 
 
 class Gate:
@@ -260,7 +260,9 @@ def test_qv11_a_worker_that_dies_names_itself_in_its_futures(model, features, sa
     future = engine.submit(torch.tensor([1]))
     with pytest.raises(RuntimeError, match="worker pyg_quiver-cpu died: SystemExit"):
         future.result(30)
-    while threads() != ["pyg_quiver-dispatch"]:
+    for _ in range(500):
+        if threads() == ["pyg_quiver-dispatch"]:
+            break
         time.sleep(0.01)
     with pytest.raises(RuntimeError, match="all workers died: pyg_quiver-cpu"):
         engine.submit(torch.tensor([1]))

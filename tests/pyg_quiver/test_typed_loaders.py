@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_qv15_link_prediction_trains():
     data.edge_index = pairs[:, community[pairs[0]] == community[pairs[1]]]
     torch.manual_seed(0)
     model = GraphSAGE(5, 16, num_layers=2, out_channels=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     loader = LinkNeighborLoader(data, [5, 5], batch_size=256, neg_sampling_ratio=1.0, shuffle=True)
     losses = []
     for _ in range(12):
@@ -206,7 +207,7 @@ def test_qv15_link_prediction_trains():
             optimizer.step()
             total += loss.item()
         losses.append(total / len(loader))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.75 * math.log(2)  # a constant guess has log 2
 
 
 def test_qv16_disjoint_nodes_carry_their_seed(homogeneous):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,8 +76,9 @@ def sample(
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="pyg_quiver-draw")
+def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process: those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="pyg_quiver_draw")
 
 
 def _sample_with_threads(
@@ -105,9 +107,9 @@ def _sample_with_threads(
         torch.from_numpy(np.concatenate([piece[i] for piece in pieces] or [_NO_TIME])) for i in range(3)
     ]
     node = torch.from_numpy(nodes[:count])
-    row, col, edge_ids = joined
+    rows, cols, edges = joined
     nodes_per_hop, edges_per_hop = [b - a for a, b in pairwise(ends)], [len(piece[0]) for piece in pieces]
-    return Sampled(node, row, col, edge_ids, torch.zeros_like(node), nodes_per_hop, edges_per_hop)
+    return Sampled(node, rows, cols, edges, torch.zeros_like(node), nodes_per_hop, edges_per_hop)
 
 
 def _draw_pieces(
@@ -137,7 +139,8 @@ def _draw_pieces(
 
     parts = max(min(_PIECES_PER_THREAD * num_threads, total // _EDGES_PER_PIECE), 1)
     cuts = np.searchsorted(offsets, np.linspace(0, total, parts + 1)[1:-1]).tolist()
-    return edge, col, local, [_pool(num_threads).submit(draw, a, b) for a, b in pairwise([0, *cuts, size])]
+    pool = _pool(num_threads, os.getpid())
+    return edge, col, local, [pool.submit(draw, a, b) for a, b in pairwise([0, *cuts, size])]
 
 
 class NumbaBackend:

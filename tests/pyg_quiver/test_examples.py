@@ -1,0 +1,33 @@
+"""The examples run as a newcomer would run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.pyg
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_qv01_graphsage_example_learns():
+    lines = run("pyg_quiver_graphsage.py", "--epochs", "3").splitlines()
+    accuracy = [float(line.split()[-1]) for line in lines]
+    assert accuracy[-1] > 0.6  # chance is 0.2
+
+
+def test_qv11_serving_example_answers_every_request():
+    out = run("pyg_quiver_serving.py")
+    assert "completed=200" in out
+    served = float(out.split("served ")[1].split()[0])
+    assert served > 0.25  # rows chosen at random would serve 0.2

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyg_quiver.loader import LinkNeighborLoader, NeighborLoader
     from pyg_quiver.metrics import fap, psgs, seed_probability
     from pyg_quiver.placement import DISK, HOST, DeviceTopology, PlacementPlan, plan_placement
+    from pyg_quiver.refresh import PlacementRefresher
     from pyg_quiver.rng import batch_key
     from pyg_quiver.routing import (
         CalibrationProfile,
@@ -40,6 +41,7 @@ __all__ = [
     "LinkNeighborLoader",
     "NeighborLoader",
     "PlacementPlan",
+    "PlacementRefresher",
     "QuiverFeatureStore",
     "QuiverSampler",
     "Response",
@@ -67,6 +69,7 @@ _MODULE_OF = {
     "LinkNeighborLoader": "loader",
     "NeighborLoader": "loader",
     "PlacementPlan": "placement",
+    "PlacementRefresher": "refresh",
     "QuiverFeatureStore": "feature_store",
     "QuiverSampler": "sampler",
     "Response": "serving",

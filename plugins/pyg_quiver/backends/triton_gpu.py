@@ -26,7 +26,7 @@ from pyg_quiver.backends.contract import Draws, Frontier, Graph, Sampled
 from pyg_quiver.backends.hops import sample_one_type
 from pyg_quiver.backends.torch_ops import TorchBackend, TorchTable
 
-MAX_FANOUT = 64  # a program holds the draws of a node in registers
+MAX_FANOUT = 32  # a program holds the draws of a node in registers, and compiling grows with their number
 MAX_BUFFER = 1 << 28  # edges; batches that might need more are sampled hop by hop, to exact sizes
 
 _UNSEEN = tl.constexpr(2**31 - 1)

@@ -221,7 +221,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for i in range(options.trials)
     ]
     print(
-        f"offline: mean return {np.mean(offline):.1f} over {len(offline)} episodes, waiting {replay['waiting_share']:.1%}"
+        f"offline: mean return {np.mean(offline):.1f} over {len(offline)} episodes, "
+        f"waiting {replay['waiting_share']:.1%}"
     )
     print(
         f"the naive loop's losses differ by at most {difference:.1e}; it waits {oracle['waiting_share']:.1%}"

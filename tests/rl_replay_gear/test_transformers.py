@@ -79,8 +79,8 @@ def test_gr17_the_example_has_the_naive_loops_curve_and_beats_the_behaviour_poli
 ENGINE = """
 import runpy, sys
 import numpy as np, torch, deepspeed
-import deepspeed.comm.torch
-deepspeed.comm.torch.build_shm_op = lambda: None  # a C++ build of minutes that one process has no use for
+# A C++ build of minutes, of which one process makes no use (deepspeed.comm.torch names torch itself).
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 from rl_replay_gear import TrajectoryLoader, TrajectoryTable, Uniform, Window
 from rl_replay_gear.integrations.deepspeed import gear_dataloader
 from rl_replay_gear.integrations.transformers import decision_transformer_inputs
@@ -89,7 +89,8 @@ table = TrajectoryTable(ns["SPEC"])
 random = np.random.default_rng(0)
 for n in (5, 30, 80):
     table.write({"observations": torch.from_numpy(random.normal(size=(n, 4)).astype(np.float32)),
-                 "actions": torch.eye(2)[torch.from_numpy(random.integers(0, 2, n))], "rewards": torch.ones(n)})
+                 "actions": torch.eye(2)[torch.from_numpy(random.integers(0, 2, n))],
+                 "rewards": torch.ones(n)})
 window = Window(20, 0, "head")
 model = ns["small_model"]()
 optimizer = torch.optim.SGD(model.parameters(), 0.05)

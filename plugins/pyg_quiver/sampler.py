@@ -92,6 +92,8 @@ class QuiverSampler(BaseSampler):
         self.num_threads = num_threads
         self.keep_orig_edges = False
         self._disjoint = disjoint
+        self._device = self.graphs.device
+        self._temporal = self.graphs.is_temporal
         # PyG's Data and HeteroData are indexed where they lie, so results go back there.
         on_host = isinstance(data, (Data, HeteroData)) and not data.is_cuda
         self._output_device = torch.device("cpu") if on_host else self.graphs.device
@@ -114,7 +116,7 @@ class QuiverSampler(BaseSampler):
     @property
     def disjoint(self) -> bool:
         """Whether each seed is sampled by itself; always so for temporal sampling."""
-        return self._disjoint or self.graphs.is_temporal
+        return self._disjoint or self._temporal
 
     @property
     def edge_permutation(self) -> Tensor | dict[EdgeType, Tensor | None] | None:
@@ -233,7 +235,7 @@ class QuiverSampler(BaseSampler):
     def _from_nodes(
         self, node: Tensor, *, key: int, keys: list[int] | None, time: Tensor | None
     ) -> SamplerOutput:
-        graphs, device = self.graphs, self.graphs.device
+        graphs, device = self.graphs, self._device
         self._check_nodes(node, graphs.only_type[0])
         node = node.to(device, torch.int64)
         if keys is None:
@@ -244,7 +246,7 @@ class QuiverSampler(BaseSampler):
             streams_tensor(self.seed, keys).to(device),
             replace=self.replace,
             last=self.temporal_strategy == "last",
-            group_time=graphs.seed_time(graphs.only_type[0], node, time),
+            group_time=graphs.seed_time(graphs.only_type[0], node, time) if self._temporal else None,
         )
         out = self._run(Frontier(node, group), draws)
         row, col, edge, nodes_per_hop, edges_per_hop = (
@@ -262,7 +264,6 @@ class QuiverSampler(BaseSampler):
             batch=out.group.to(target) if self.disjoint else None,
             num_sampled_nodes=nodes_per_hop,
             num_sampled_edges=edges_per_hop,
-            metadata=(torch.arange(node.numel()), time),
         )
 
     def _run(self, seeds: Frontier, draws: Draws) -> Sampled:

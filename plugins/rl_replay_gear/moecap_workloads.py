@@ -45,8 +45,8 @@ Fetch = Callable[[int], tuple[Tensor, Tensor]]
 class TrainWorkload(Workload):
     """Each item is a run of batches; ``sampling_law`` is a chi-square test of the trajectories drawn.
 
-    Params: ``access`` (dt_windows, trajectories, prioritized, online, sharded), ``trajectories`` and ``steps``
-    stored, ``batch_size``, ``batches`` an item, ``items``.
+    Params: ``access`` (dt_windows, trajectories, prioritized, online, sharded), ``trajectories`` and
+    ``steps`` stored, ``batch_size``, ``batches`` an item, ``items``.
     """
 
     name: ClassVar[str] = "replay_gear.train"

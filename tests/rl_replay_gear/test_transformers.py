@@ -69,7 +69,8 @@ def test_gr17_the_config_is_checked():
 def test_gr17_the_example_has_the_naive_loops_curve_and_beats_the_behaviour_policy():
     pytest.importorskip("gymnasium", reason="gymnasium is not installed")
     main = runpy.run_path(str(EXAMPLE))["main"]
-    found = main(["--steps", "200", "--oracle-steps", "10", "--online-rounds", "1", "--episodes", "60", "--trials", "3"])
+    options = "--steps 200 --oracle-steps 10 --online-rounds 1 --episodes 60 --trials 3"
+    found = main(options.split())
     assert found["largest_loss_difference"] == 0.0
     assert found["offline_return"] > 1.2 * found["behaviour_return"]
     assert 0 < found["waiting_share"] < found["oracle_waiting_share"]

@@ -186,20 +186,12 @@ class _TrainSystem(System):
         return fetch
 
     def _torchrl(self) -> Fetch:
-        from tensordict import TensorDict
-        from torchrl.data import LazyMemmapStorage, SliceSampler, TensorDictReplayBuffer
+        from rl_replay_gear.integrations.torchrl import slice_sampler_buffer
 
-        count, steps = self.episodes.shape[:2]
         self._folder = tempfile.TemporaryDirectory()
-        buffer = TensorDictReplayBuffer(
-            storage=LazyMemmapStorage(count * steps, scratch_dir=self._folder.name),
-            sampler=SliceSampler(slice_len=self.length, traj_key="episode", cache_values=True),
-            batch_size=self.params["batch_size"] * self.length,
+        buffer = slice_sampler_buffer(
+            self.episodes, self.length, self.params["batch_size"], self._folder.name
         )
-        for number, episode in enumerate(self.episodes):
-            buffer.extend(
-                TensorDict({"obs": episode, "episode": torch.full((steps,), number)}, batch_size=[steps])
-            )
         self.bytes = self.episodes.nbytes
 
         def fetch(number: int) -> tuple[Tensor, Tensor]:

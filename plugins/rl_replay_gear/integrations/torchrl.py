@@ -61,6 +61,25 @@ def gear_replay_buffer(
     )
 
 
+def slice_sampler_buffer(episodes: Tensor, length: int, batch_size: int, folder: str) -> ReplayBuffer:
+    """TorchRL's own way to windows, for comparison: memory-mapped storage and ``SliceSampler``.
+
+    ``episodes`` [N, T, ...] become the entry ``obs``; ``sample()`` returns ``batch_size`` slices end to end.
+    """
+    from torchrl.data import LazyMemmapStorage, SliceSampler, TensorDictReplayBuffer
+
+    count, steps = episodes.shape[:2]
+    buffer = TensorDictReplayBuffer(
+        storage=LazyMemmapStorage(count * steps, scratch_dir=folder),
+        sampler=SliceSampler(slice_len=length, traj_key="episode", cache_values=True),
+        batch_size=batch_size * length,
+    )
+    for number, episode in enumerate(episodes):
+        which = torch.full((steps,), number)
+        buffer.extend(TensorDict({"obs": episode, "episode": which}, batch_size=[steps]))
+    return buffer
+
+
 def _identity(data: Any) -> Any:
     return data
 

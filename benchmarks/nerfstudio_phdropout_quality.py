@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import sys
 import tempfile
@@ -62,16 +63,13 @@ def train(method: str, data: Path, work: Path, seed: int, steps: int) -> tuple[A
 
 
 @torch.no_grad()
-def images(pipeline: Any, settings: PHDropoutConfig | None = None) -> list[dict[str, Tensor]]:
-    """Model outputs for every evaluation view; ``settings`` replace the run's own, except for the ratio."""
+def images(pipeline: Any, settings: PHDropoutConfig, views: list[int]) -> list[dict[str, Tensor]]:
+    """Model outputs of evaluation views; ``settings`` replace the run's own, except for the ratio."""
     model = pipeline.model
     own, ratio = model.config.phdropout, model.dropout_ratio()
-    if settings is not None:
-        settings = copy.copy(settings)
-        settings.ratio = ratio
-        model.config.phdropout = settings
+    model.config.phdropout = dataclasses.replace(settings, ratio=ratio)
     cameras = pipeline.datamanager.eval_dataset.cameras
-    found = [model.get_outputs_for_camera(cameras[i : i + 1]) for i in range(len(cameras))]
+    found = [model.get_outputs_for_camera(cameras[i : i + 1]) for i in views]
     model.config.phdropout = own
     return found
 
@@ -100,12 +98,13 @@ def ensemble(members: list[list[dict[str, Tensor]]]) -> tuple[list[dict[str, Ten
     return [{"rgb_mean": stack.mean(0)} for stack in stacks], [stack.std(0) for stack in stacks]
 
 
-def judge(method: str, data: Path, work: Path, steps: int, members: int) -> dict[str, Any]:
+def judge(method: str, data: Path, work: Path, *, steps: int, members: int, num_views: int) -> dict[str, Any]:
     """All estimators on one scene."""
     splats = "splat" in method
     pipeline, seconds = train(method, data, work, 0, steps)
     dataset, model = pipeline.datamanager.eval_dataset, pipeline.model
-    raw = [dataset.get_data(i)["image"] for i in range(len(dataset))]
+    chosen = [i * len(dataset) // num_views for i in range(num_views)]
+    raw = [dataset.get_data(i)["image"] for i in chosen]
     truths = [(model.ground_truth(image), image[..., 3:] > 0.5) for image in raw]
     trials = 100 if splats else 30
     arms: dict[str, PHDropoutConfig] = {
@@ -117,18 +116,15 @@ def judge(method: str, data: Path, work: Path, steps: int, members: int) -> dict
     else:
         arms["first layer, mask a trial"] = PHDropoutConfig(num_trials=trials, layers="first")
         arms["hidden layers, mask a sample"] = PHDropoutConfig(num_trials=trials, mask="sample")
-        arms["with proposal networks"] = PHDropoutConfig(num_trials=trials, mask_proposal_networks=True)
     scores, pictures, spent = {}, {}, {}
     for name, settings in arms.items():
         start = time.perf_counter()
-        views = images(pipeline, settings)
+        views = images(pipeline, settings, chosen)
         spent[name] = (time.perf_counter() - start) / len(views)
         sigmas = [view["rgb_std"] for view in views]
         scores[name], pictures[name] = score(views, sigmas, truths), sigmas
-    others = [
-        images(train(method, data, work, seed, steps)[0], next(iter(arms.values())))
-        for seed in range(1, members)
-    ]
+    first = next(iter(arms.values()))
+    others = [images(train(method, data, work, seed, steps)[0], first, chosen) for seed in range(1, members)]
     baselines = {"random": with_sigma(views, "random"), "1 - accumulation": with_sigma(views, "accumulation")}
     if others:
         baselines[f"ensemble of {members}"] = ensemble([views, *others])
@@ -183,7 +179,11 @@ def main() -> None:
     """Run scenes, write the result and pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--members", type=int, default=3, help="models of the ensemble, 1 for none")
+    parser.add_argument("--members", type=int, default=3, help="splat models of the ensemble, 1 for none")
+    parser.add_argument("--nerf-members", type=int, default=1, help="NeRF models of the ensemble, 1 for none")
+    parser.add_argument(
+        "--views", type=int, default=6, help="evaluation views judged, of 8 on the whole orbit"
+    )
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--splat-steps", type=int, default=400)
     parser.add_argument("--nerf-steps", type=int, default=400)
@@ -205,14 +205,13 @@ def main() -> None:
                 seed=seed,
             )
         results = {
-            "phd-splatfacto-tiny": judge(
-                "phd-splatfacto-tiny", data, options.work, options.splat_steps, options.members
-            ),
-            "phd-nerfacto-tiny": judge(
-                "phd-nerfacto-tiny", data, options.work, options.nerf_steps, options.members
-            ),
+            method: judge(method, data, options.work, steps=steps, members=members, num_views=options.views)
+            for method, steps, members in (
+                ("phd-splatfacto-tiny", options.splat_steps, options.members),
+                ("phd-nerfacto-tiny", options.nerf_steps, options.nerf_members),
+            )
         }
-        draw(ROOT / f"docs/images/nerfstudio_phdropout_scene{seed}.png", results, view=5)
+        draw(ROOT / f"docs/images/nerfstudio_phdropout_scene{seed}.png", results, view=options.views * 2 // 3)
         for method, result in results.items():
             result.pop("sheet")
             kept[f"scene {seed}, {method}"] = result

@@ -14,8 +14,6 @@ from spe_layers.encoding import positional_encoding
 from spe_layers.ntk import closed_form_ntk, leave_one_out
 
 DECAYS = (0.0, 0.5, 1.0, 1.5)
-# Errors this close are called equal; then fewer bands win, then the stronger decay.
-TIE = 0.02
 # Ratio of the two terms of the NTK does not depend on it beyond this width.
 NTK_WIDTH = 1024
 
@@ -156,10 +154,8 @@ def _least_error(
 ) -> Bands:
     rows = _draw(len(points), max_points, generator)
     points, targets = points[rows], targets[rows]
-    errors = [_selection_error(points, targets, bands) for bands in choices]
-    limit = min(errors) * (1 + TIE)
-    tied = [bands for bands, error in zip(choices, errors, strict=True) if error <= limit]
-    return min(tied, key=lambda bands: (bands.num_bands, bands.mean_square(points.shape[1])))
+    # No margin in favour of fewer bands: a kernel hardly tells them apart where training needs them.
+    return min(choices, key=lambda bands: (_selection_error(points, targets, bands), bands.num_bands))
 
 
 def _selection_error(points: Tensor, targets: Tensor, bands: Bands) -> float:

@@ -206,7 +206,7 @@ def test_sp10_chosen_bands_are_within_half_a_decibel_of_the_best_of_the_grid(ima
     assert test_psnr(chosen) >= max(map(test_psnr, candidates)) - 0.5
 
 
-def test_sp10_candidates_override_the_grid_and_ties_go_to_fewer_bands():
+def test_sp10_candidates_override_the_grid_and_equal_errors_go_to_fewer_bands():
     x = torch.linspace(0, 1, 40)
     y = torch.sin(2 * math.pi * 4 * x)
     fine, coarse = Bands((8.0,), math.pi, include_input=False), Bands((0.25,), math.pi, include_input=False)

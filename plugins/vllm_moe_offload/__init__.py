@@ -11,16 +11,28 @@ from typing import Any
 
 _MODULE_OF = {
     "CacheStats": "counters",
+    "EAMCollection": "eam",
+    "EAMPredictor": "predictor",
+    "EAMTracer": "eam",
     "EvictionPolicy": "policy",
     "ExpertCache": "cache",
     "ExpertStore": "store",
     "HostExpertStore": "store",
+    "LinkModel": "simulator",
     "MoEOffloadConfig": "config",
+    "PrefetchQueue": "prefetch",
+    "ReplayResult": "simulator",
+    "RoutingTrace": "trace",
     "SlabLayout": "store",
+    "collect_trace": "vllm_runner",
+    "eam_distance": "eam",
     "get_cache": "vllm_runner",
     "make_policy": "policy",
     "moved_bytes": "counters",
+    "prefetch_priority": "predictor",
     "remap_expert_ids": "kernels",
+    "replay": "simulator",
+    "request_eams": "vllm_runner",
     "stats": "vllm_runner",
 }
 

@@ -39,6 +39,7 @@ class ExpertCache:
         contiguous: one array for each tensor instead of whole records with the record as expert stride.
             Default: on the CPU, whose kernels ignore that stride.
         debug_checks: fill freed slots with NaN and compare each copy with the store.
+        count_traffic: add the copies to :func:`vllm_moe_offload.moved_bytes`; not for simulations.
 
     Attributes:
         views: name -> ``[num_slots, ...]``; row = slot.
@@ -57,6 +58,7 @@ class ExpertCache:
         prefetch_budget: float = 0.25,
         contiguous: bool | None = None,
         debug_checks: bool = False,
+        count_traffic: bool = True,
     ) -> None:
         if num_slots < 1:
             raise ValueError(f"expert cache: num_slots must be at least 1, got {num_slots}")
@@ -67,7 +69,7 @@ class ExpertCache:
         self.share: npt.NDArray[np.float64] | None = None
         self._engine = CopyEngine(self.device) if copy_engine is None else copy_engine
         self._prefetch_limit = int(prefetch_budget * num_slots)
-        self._debug_checks = debug_checks
+        self._debug_checks, self._count_traffic = debug_checks, count_traffic
 
         layout = store.layout
         self._contiguous = self.device.type == "cpu" if contiguous is None else contiguous
@@ -105,6 +107,11 @@ class ExpertCache:
         for layer in sorted(self._stale_rows):
             self.table_row(layer)
         return self._table
+
+    @property
+    def in_flight(self) -> int:
+        """Prefetches that have not arrived."""
+        return sum(not self._arrived(slot) for slot in self._copy_of)
 
     def table_row(self, layer: int) -> Tensor:
         """Row ``layer`` of ``slot_of_expert``, up to date, without bringing the other rows up to date."""
@@ -275,7 +282,8 @@ class ExpertCache:
         nbytes = len(keys) * self.store.layout.expert_nbytes
         self.counters.copies += len(keys)
         self.counters.bytes_host_to_device += nbytes
-        count_moved("dram->hbm", nbytes)
+        if self._count_traffic:
+            count_moved("dram->hbm", nbytes)
         return copy
 
     def _pairs(self, layer: int, expert: int, slot: int) -> list[tuple[Tensor, Tensor]]:

@@ -131,8 +131,65 @@ class ActivationAware(EvictionPolicy):
         return self._share[keys] * (1 - ahead / self.num_layers)
 
 
+class ActivationAwareReference(EvictionPolicy):
+    """As MoE-Infinity's code evicts: fewest accesses while resident, regardless of any prediction."""
+
+    name = "eam_reference"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._visits = np.zeros(num_layers * num_experts, dtype=np.int64)
+
+    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
+        super().on_access(key, hit)
+        self._visits[key] += 1
+
+    def on_evict(self, key: int) -> None:  # noqa: D102
+        self._visits[key] = 0
+
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        return self._visits[keys].astype(np.float64)
+
+
+class LeastStale(EvictionPolicy):
+    """Evict what was not used in the running pass over the layers, stalest first; then the layer just passed.
+
+    After SpecMD: within one pass an expert of an earlier layer is needed again last, so that among experts
+    equally stale (by passes) those of layers already passed go before those still to come.
+    """
+
+    name = "least_stale"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._pass = 0
+        self._last_pass = np.full(num_layers * num_experts, -1, dtype=np.int64)
+
+    def on_layer(self, layer: int, share: npt.NDArray[np.float64] | None) -> None:  # noqa: D102
+        self._pass += layer < self.layer or (layer == self.layer and self.num_layers == 1)
+        super().on_layer(layer, share)
+
+    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
+        super().on_access(key, hit)
+        self._last_pass[key] = self._pass
+
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        ahead = (keys // self.num_experts - self.layer) % self.num_layers
+        passed = keys // self.num_experts < self.layer
+        # An expert of a layer still to come was last due in the previous pass.
+        staleness = self._pass - self._last_pass[keys] - ~passed
+        return -staleness * self.num_layers - ahead
+
+
 _POLICIES: dict[str, type[EvictionPolicy]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, LeastFrequentlyUsed, ActivationAware)
+    policy.name: policy
+    for policy in (
+        LeastRecentlyUsed,
+        LeastFrequentlyUsed,
+        LeastStale,
+        ActivationAware,
+        ActivationAwareReference,
+    )
 }
 
 

@@ -7,17 +7,25 @@ loaded (``take_over``), and then ask their pool for experts at every forward pas
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.config import GIB, MoEOffloadConfig
+from vllm_moe_offload.eam import EAMCollection
+from vllm_moe_offload.shares import ShareEstimator
 from vllm_moe_offload.store import HostExpertStore, SlabLayout
+from vllm_moe_offload.trace import RoutingTrace, TraceRecorder
 
 logger = logging.getLogger("vllm.moe_offload")
+_KEPT_REQUESTS = 1024
 
 
 @dataclass
@@ -49,9 +57,24 @@ class Step:
 
     Attributes:
         num_tokens: rows that are tokens; later rows are padding.
+        number: steps before it.
+        requests: gives ``(request, tokens)`` in order of rows, once the batch is laid out; None where that is
+            not known for this model runner.
+        traced: pools whose estimator knows of the step.
     """
 
     num_tokens: int
+    number: int
+    requests: Callable[[], list[tuple[str, int]]] | None = None
+    traced: set[int] = field(default_factory=set)
+
+    def rows(self) -> list[tuple[str, slice]]:
+        """The rows of each request."""
+        rows, start = [], 0
+        for request, tokens in self.requests() if self.requests else ():
+            rows.append((request, slice(start, start + tokens)))
+            start += tokens
+        return rows
 
 
 @dataclass
@@ -65,6 +88,10 @@ class ModelOffload:
         layers: announced layers, in order of the model.
         caches: one for each shape of layer; empty before :meth:`take_over`.
         step: the step that is running, or None.
+        steps: steps so far.
+        estimators: one for each pool.
+        recorder: present if the options ask for a trace.
+        finished: matrices of the last finished requests, of the first pool.
     """
 
     config: MoEOffloadConfig
@@ -73,6 +100,10 @@ class ModelOffload:
     layers: list[LayerHandle] = field(default_factory=list)
     caches: list[ExpertCache] = field(default_factory=list)
     step: Step | None = None
+    steps: int = 0
+    estimators: list[ShareEstimator] = field(default_factory=list)
+    recorder: TraceRecorder | None = None
+    finished: OrderedDict[str, npt.NDArray[np.int64]] = field(default_factory=OrderedDict)
 
     def announce(self, layer: LayerHandle) -> LayerHandle:
         """Register a layer while the model is built."""
@@ -106,6 +137,52 @@ class ModelOffload:
             )
             self.caches.append(self._make_cache(pool, layers, num_slots))
 
+    def before_layer(self, layer: LayerHandle) -> None:
+        """Give the layer's pool the shares that are predicted for the running step."""
+        estimator = self.estimators[layer.pool]
+        assert self.step is not None
+        if self.step.requests is None:
+            return
+        if layer.pool not in self.step.traced:
+            self.step.traced.add(layer.pool)
+            tokens = {request: rows.stop - rows.start for request, rows in self.step.rows()}
+            estimator.start_step(tokens)
+        if self.config.policy == "eam":
+            self.caches[layer.pool].share = estimator.share()
+
+    def after_layer(self, layer: LayerHandle, chosen: npt.NDArray[np.integer]) -> None:
+        """Trace what the router chose, ``[tokens, top_k]``, for the step's requests."""
+        assert self.step is not None
+        if self.step.requests is None:
+            return
+        rows = self.step.rows()
+        self.estimators[layer.pool].observe(layer.index, {request: chosen[part] for request, part in rows})
+        if self.recorder is not None and layer.pool == 0:
+            self.recorder.record(self.step.number, layer.index, rows, chosen)
+
+    def forget(self, finished: Iterable[str], restarted: Iterable[str]) -> None:
+        """Requests ended, or lost their cache and will be computed anew from their first token."""
+        for pool, estimator in enumerate(self.estimators):
+            for request in finished:
+                if request in estimator.tracer.live:
+                    matrix = estimator.finish(request)
+                    if pool == 0:
+                        self.finished[request] = matrix
+            for request in restarted:
+                estimator.discard(request)
+        while len(self.finished) > _KEPT_REQUESTS:
+            self.finished.popitem(last=False)
+
+    def request_eams(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Matrices of the last finished requests."""
+        return dict(self.finished)
+
+    def collect_trace(self) -> RoutingTrace:
+        """The routing recorded so far, which is cleared; RuntimeError unless ``record_trace`` is set."""
+        if self.recorder is None:
+            raise RuntimeError("moe_offload: nothing is recorded; set record_trace in the options")
+        return self.recorder.collect()
+
     def _make_cache(self, pool: int, layers: list[LayerHandle], num_slots: int) -> ExpertCache:
         store: HostExpertStore | None = None
         for index, layer in enumerate(layers):
@@ -130,6 +207,12 @@ class ModelOffload:
         )
         for layer in layers:
             layer.replace(cache.views)
+        known = EAMCollection(store.num_layers, store.num_experts, self.config.eam_capacity)
+        if self.config.eam_path is not None and Path(self.config.eam_path).exists():
+            known = EAMCollection.load(self.config.eam_path)
+        self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
+        if self.config.record_trace and pool == 0:
+            self.recorder = TraceRecorder(store.num_layers, store.num_experts, layers[0].top_k)
         total = store.num_layers * store.num_experts
         if num_slots == total:
             cache.preload()
@@ -160,6 +243,6 @@ class ModelOffload:
             "num_experts": max(store.num_experts for store in stores),
             "expert_nbytes": max(store.layout.expert_nbytes for store in stores),
             "policy": self.config.policy,
-            "prefetch": self.config.prefetch,
+            "prefetch": "none",  # experts are fetched on demand so far
         }
         return report

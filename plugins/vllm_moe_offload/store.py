@@ -81,7 +81,7 @@ class SlabLayout:
             field.name: slabs[..., field.offset : field.offset + field.nbytes]
             .view(field.dtype)
             .unflatten(-1, field.shape or (1,))
-            .view(*slabs.shape[:-1], *field.shape)
+            .view((*slabs.shape[:-1], *field.shape))
             for field in self.fields
         }
 

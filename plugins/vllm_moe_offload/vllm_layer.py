@@ -268,12 +268,17 @@ class _OffloadMixin:
             topk_ids[rows:] = topk_ids[0]
         chosen = topk_ids[:rows].cpu().numpy()
         layer = self._handle.index
-        if len(np.unique(chosen)) <= cache.num_slots:
-            with _resident(cache, layer, np.unique(chosen)):
-                return self._run(x, topk_weights, topk_ids, cache.table_row(layer))
-        if self._has_tiles:
-            return self._run_expert_waves(x, topk_weights, topk_ids, chosen, cache)
-        return self._run_token_waves(x, topk_weights, topk_ids, chosen, cache)
+        needed = np.unique(chosen)
+        offload.before_layer(self._handle)
+        if len(needed) <= cache.num_slots:
+            with _resident(cache, layer, needed):
+                output = self._run(x, topk_weights, topk_ids, cache.table_row(layer))
+        elif self._has_tiles:
+            output = self._run_expert_waves(x, topk_weights, topk_ids, needed, cache)
+        else:
+            output = self._run_token_waves(x, topk_weights, topk_ids, chosen, cache)
+        offload.after_layer(self._handle, chosen)
+        return output
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, slot_of_expert: Tensor) -> Tensor:
         """vLLM's kernel on slots, by the path and with the tiles it would choose for the full weights."""
@@ -309,7 +314,7 @@ class _OffloadMixin:
         x: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        chosen: npt.NDArray[np.integer],
+        needed: npt.NDArray[np.integer],
         cache: ExpertCache,
     ) -> Tensor:
         """All tokens, some experts at a time; the sum over a token's experts is taken once, at the end.
@@ -318,7 +323,7 @@ class _OffloadMixin:
         expert is copied once.
         """
         layer = self._handle.index
-        waves = expert_waves(np.unique(chosen), cache.resident(layer), cache.num_slots)
+        waves = expert_waves(needed, cache.resident(layer), cache.num_slots)
         cache.counters.waves += len(waves) - 1
         kernel = self._kernel
         reduce = kernel.moe_sum

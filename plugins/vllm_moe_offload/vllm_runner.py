@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.runtime import ModelOffload, Step
+from vllm_moe_offload.trace import RoutingTrace
+
+logger = logging.getLogger("vllm.moe_offload")
 
 _RPC = "moe_offload_call"
 _INACTIVE = "moe_offload is not active in this engine; `vllm-moe-offload doctor` says why"
@@ -38,9 +43,15 @@ def install() -> None:
 
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         offload = _offload_of_worker(self)
-        if offload is None or scheduler_output.total_num_scheduled_tokens == 0:
+        if offload is None:
             return plain(self, scheduler_output, *args, **kwargs)
-        offload.step = Step(scheduler_output.total_num_scheduled_tokens)
+        offload.forget(
+            [external_id(name) for name in scheduler_output.finished_req_ids],
+            [external_id(name) for name in getattr(scheduler_output, "preempted_req_ids", None) or ()],
+        )
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return plain(self, scheduler_output, *args, **kwargs)
+        offload.step = _step_of(self.model_runner, scheduler_output, offload)
         try:
             return plain(self, scheduler_output, *args, **kwargs)
         finally:
@@ -49,6 +60,30 @@ def install() -> None:
     Worker.initialize_from_config = initialize_from_config
     Worker.execute_model = execute_model
     setattr(Worker, _RPC, _call)
+
+
+def external_id(internal: str) -> str:
+    """The user's request id: vLLM appends a dash and eight random hex digits to it."""
+    return re.sub(r"-[0-9a-f]{8}$", "", internal)
+
+
+def _step_of(runner: Any, scheduler_output: Any, offload: ModelOffload) -> Step:
+    number, offload.steps = offload.steps, offload.steps + 1
+    batch = getattr(runner, "input_batch", None)
+    requests = None
+    if batch is not None and hasattr(batch, "req_ids"):
+        scheduled = scheduler_output.num_scheduled_tokens
+
+        # Read inside the forward pass: only then is the batch in its final order.
+        def requests() -> list[tuple[str, int]]:
+            return [(external_id(name), scheduled[name]) for name in batch.req_ids if name in scheduled]
+
+    elif offload.config.policy == "eam" and number == 0:
+        logger.info(
+            "moe_offload: %s does not say which rows belong to which request; the eam policy evicts by age",
+            type(runner).__name__,
+        )
+    return Step(scheduler_output.total_num_scheduled_tokens, number, requests)
 
 
 def _offload_of_worker(worker: Any) -> ModelOffload | None:
@@ -86,6 +121,23 @@ def stats(llm: Any) -> list[dict[str, Any]]:
         RuntimeError: the plugin is not active in this engine.
     """
     return _ask(llm, "stats")
+
+
+def request_eams(llm: Any) -> dict[str, Any]:
+    """Expert activation matrices, int64 ``[layers, experts]``, of the last 1024 finished requests of rank 0.
+
+    vLLM tells its workers of a finished request with the next step, so the last ones may be missing.
+    """
+    return _ask(llm, "request_eams")[0]
+
+
+def collect_trace(llm: Any) -> RoutingTrace:
+    """The routing that rank 0 recorded since the last call.
+
+    Raises:
+        RuntimeError: ``record_trace`` is not set, or the plugin is not active.
+    """
+    return _ask(llm, "collect_trace")[0]
 
 
 def get_cache(llm: Any) -> ExpertCache:

@@ -1,0 +1,186 @@
+"""Expert activation matrices (EAM): one for each live request, and a bounded collection of finished ones.
+
+MoE-Infinity (arXiv 2401.14361): ``EAM[l, e]`` counts the (token, top-k choice) pairs of a request that were
+routed to expert ``e`` of layer ``l``.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.int64]
+Shares = npt.NDArray[np.float64]
+
+
+class EAMTracer:
+    """Matrices of the live requests."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers, self.num_experts = num_layers, num_experts
+        self._matrices: dict[str, Matrix] = {}
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Requests that have a matrix."""
+        return tuple(self._matrices)
+
+    def record(self, request_id: str, layer: int, expert_ids: npt.NDArray[np.integer]) -> None:
+        """Count choices of a request at a layer; ``expert_ids`` may have any shape.
+
+        Raises:
+            IndexError: no such layer or expert; nothing is counted then.
+        """
+        ids = np.asarray(expert_ids).reshape(-1)
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"trace: layer {layer} of {self.num_layers}")
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.num_experts):
+            raise IndexError(f"trace: expert ids {ids.min()}..{ids.max()} of {self.num_experts}")
+        matrix = self._matrices.get(request_id)
+        if matrix is None:
+            matrix = self._matrices[request_id] = np.zeros((self.num_layers, self.num_experts), np.int64)
+        matrix[layer] += np.bincount(ids, minlength=self.num_experts)
+
+    def matrix(self, request_id: str) -> Matrix:
+        """The matrix so far, int64 ``[layers, experts]``; KeyError if the request is not live."""
+        return self._matrices[request_id].copy()
+
+    def finish(self, request_id: str) -> Matrix:
+        """The final matrix; the request is forgotten. KeyError if it is not live."""
+        return self._matrices.pop(request_id)
+
+    def discard(self, request_id: str) -> None:
+        """Forget an aborted or preempted request; an unknown one is ignored."""
+        self._matrices.pop(request_id, None)
+
+
+def eam_distance(observed: Matrix, stored: Matrix) -> float:
+    """``1 - mean_l cos(observed[l], stored[l])`` over the layers with counts in ``observed``.
+
+    A zero row of ``stored`` there has cosine 0; with nothing observed the distance is 1.
+    """
+    layers = observed.any(axis=1)
+    if not layers.any():
+        return 1.0
+    a, b = observed[layers].astype(np.float64), stored[layers].astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    dots = (a * b).sum(axis=1)
+    return float(1.0 - np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).mean())
+
+
+class EAMCollection:
+    """At most ``capacity`` matrices of finished requests.
+
+    When it is full, the non-persistent entry least often nearest to a query is replaced, the oldest of
+    equals. Rows are normalised once, when an entry is added, so that a query is one product.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, capacity: int = 1000) -> None:
+        if capacity < 1:
+            raise ValueError(f"EAM collection: capacity must be at least 1, got {capacity}")
+        self.num_layers, self.num_experts, self.capacity = num_layers, num_experts, capacity
+        self._matrices = np.zeros((0, num_layers, num_experts), dtype=np.int64)
+        self._unit = np.zeros((0, num_layers, num_experts))
+        self._persistent = np.zeros(0, dtype=bool)
+        self._nearest = np.zeros(0, dtype=np.int64)  # how often an entry was nearest
+        self._added = np.zeros(0, dtype=np.int64)
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    @property
+    def matrices(self) -> Matrix:
+        """int64 ``[len, layers, experts]``; a read-only view."""
+        view = self._matrices.view()
+        view.flags.writeable = False
+        return view
+
+    def add(self, eam: Matrix, *, persistent: bool = False) -> int:
+        """Store a matrix and return the index it was written to.
+
+        Raises:
+            ValueError: another shape, or full of persistent entries.
+        """
+        matrix = np.asarray(eam, dtype=np.int64)
+        if matrix.shape != (self.num_layers, self.num_experts):
+            raise ValueError(
+                f"EAM collection holds [{self.num_layers}, {self.num_experts}] matrices, got {matrix.shape}"
+            )
+        if len(self) < self.capacity:
+            index = len(self)
+            self._matrices = np.append(self._matrices, matrix[None], axis=0)
+            self._unit = np.append(self._unit, _unit_rows(matrix)[None], axis=0)
+            self._persistent = np.append(self._persistent, persistent)
+            self._nearest = np.append(self._nearest, 0)
+            self._added = np.append(self._added, self._clock)
+        else:
+            free = np.flatnonzero(~self._persistent)
+            if not len(free):
+                raise ValueError(f"EAM collection is full of persistent entries (capacity {self.capacity})")
+            index = int(free[np.lexsort((self._added[free], self._nearest[free]))[0]])
+            self._matrices[index], self._unit[index] = matrix, _unit_rows(matrix)
+            self._persistent[index], self._nearest[index] = persistent, 0
+            self._added[index] = self._clock
+        self._clock += 1
+        return index
+
+    def distances(self, observed: Matrix) -> Shares:
+        """:func:`eam_distance` to each entry, float64 ``[len]``; notes which entry was nearest."""
+        layers = np.flatnonzero(np.asarray(observed).any(axis=1))
+        if not len(layers):
+            return np.ones(len(self))
+        unit = _unit_rows(np.asarray(observed)[layers])
+        distances = 1.0 - np.einsum("nle,le->n", self._unit[:, layers], unit) / len(layers)
+        if len(self):
+            self._nearest[int(distances.argmin())] += 1
+        return distances
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a compressed ``.npz``; a file already there is replaced only by a complete one."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                matrices=self._matrices,
+                persistent=self._persistent,
+                nearest=self._nearest,
+                added=self._added,
+                capacity=np.int64(self.capacity),
+            )
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EAMCollection:
+        """Read what :meth:`save` wrote, exactly. No pickle is ever read.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no EAM collection.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                matrices = file["matrices"]
+                _, layers, experts = matrices.shape
+                collection = cls(layers, experts, int(file["capacity"]))
+                collection._matrices = matrices.astype(np.int64)
+                collection._unit = _unit_rows(collection._matrices)
+                collection._persistent = file["persistent"].astype(bool)
+                collection._nearest = file["nearest"].astype(np.int64)
+                collection._added = file["added"].astype(np.int64)
+        except (KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, ValueError) as error:
+            raise ValueError(f"{path} is no EAM collection: {error}") from error
+        collection._clock = int(collection._added.max(initial=-1)) + 1
+        return collection
+
+
+def _unit_rows(matrix: npt.NDArray[np.integer]) -> Shares:
+    """Rows scaled to length 1; zero rows stay zero."""
+    rows = matrix.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)

@@ -1,0 +1,67 @@
+"""From what a request did so far to what it will do: shares of experts, and the order to fetch them in."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.eam import EAMCollection
+
+Shares = npt.NDArray[np.float64]
+
+
+class EAMPredictor:
+    """Mean of the collection's matrices, weighted by their nearness to the observed one.
+
+    ``share = sum_i w_i * rownormalise(matrices[i])`` with ``w = softmax(-distances / temperature)``;
+    temperature 0 takes the first nearest entry alone, as the paper does. Zero rows and an empty collection
+    give uniform rows.
+
+    Args:
+        collection: finished requests.
+        temperature: of the softmax, 0 or more.
+    """
+
+    def __init__(self, collection: EAMCollection, *, temperature: float = 0.05) -> None:
+        if not temperature >= 0:
+            raise ValueError(f"EAM predictor: temperature must be 0 or more, got {temperature}")
+        self.collection, self.temperature = collection, temperature
+
+    def predict(self, observed: npt.NDArray[np.int64]) -> Shares:
+        """Predicted shares of a request, float64 ``[layers, experts]``; rows sum to 1.
+
+        Args:
+            observed: the request's matrix so far.
+        """
+        shape = (self.collection.num_layers, self.collection.num_experts)
+        if not len(self.collection):
+            return np.full(shape, 1 / shape[1])
+        distances = self.collection.distances(observed)
+        if self.temperature == 0:
+            return row_shares(self.collection.matrices[int(distances.argmin())])
+        weights = np.exp((distances.min() - distances) / self.temperature)
+        # Far entries weigh nothing: leaving them out changes the result by less than their weight.
+        kept = np.flatnonzero(weights > weights.sum() * 1e-13)
+        weights = weights[kept] / weights[kept].sum()
+        return np.einsum("n,nle->le", weights, row_shares(self.collection.matrices[kept]))
+
+
+def row_shares(matrices: npt.NDArray[np.integer]) -> Shares:
+    """Counts ``[..., layers, experts]`` divided by their row sums; zero rows become uniform."""
+    rows = matrices.astype(np.float64)
+    sums = rows.sum(axis=-1, keepdims=True)
+    return np.where(sums > 0, rows / np.where(sums > 0, sums, 1), 1 / rows.shape[-1])
+
+
+def prefetch_priority(share: Shares, layer: int) -> Shares:
+    """Priority ``p[l, e] = (share[l, e] + 1e-8) * (1 - (l - layer) / (L + 1))`` for ``l >= layer``, else 0.
+
+    MoE-Infinity's decay: what is needed sooner comes first.
+
+    Args:
+        share: predicted shares or counts ``[layers, experts]``.
+        layer: the layer that runs.
+    """
+    layers = np.arange(len(share))[:, None]
+    priority = (share + 1e-8) * (1 - (layers - layer) / (len(share) + 1))
+    return np.where(layers >= layer, priority, 0.0)

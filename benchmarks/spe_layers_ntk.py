@@ -56,11 +56,30 @@ def errors(
     return found
 
 
+def draw(table: dict[str, list[list[float]]], path: Path) -> None:
+    """Test error by first-layer gain at p = 1, with the ReLU network and the linear control as lines."""
+    import matplotlib.pyplot as plt
+
+    gains = [1, 2, 4, 8, 16, 32, 64, 128]
+    names = ["p=1 SPE" if gain == 1 else f"p=1 SPE, gain {gain}" for gain in gains]
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="tight")
+    for index, steps in enumerate(STEPS):
+        axes.plot(gains, [table[name][index][1] for name in names], "o-", label=f"SPE, {steps:,} steps")
+    for name, style in (("PE + ReLU", "--"), ("PE + identity", ":")):
+        axes.axhline(table[f"p=1 {name}"][0][1], ls=style, c="k", lw=1, label=f"{name}, {STEPS[0]:,} steps")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("first-layer gain (variance x F)")
+    axes.set_ylabel("test MSE")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, help="file for a plot of test error by gain")
     arguments = parser.parse_args()
     x, y = paper_signal()
     table: dict[str, list[list[float]]] = {}
@@ -92,6 +111,8 @@ def main() -> None:
     for name, values in table.items():
         if name.startswith(("p=1 ", "RFF")):
             print(f"{name:28s}", "  ".join(f"{a:9.2e} /{b:9.2e}" for a, b in values))
+    if arguments.picture:
+        draw(table, arguments.picture)
     print(path)
 
 

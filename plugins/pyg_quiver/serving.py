@@ -173,12 +173,7 @@ class InferenceEngine:
         limit = self._deadline_s if deadline_ms is None else deadline_ms / 1e3
         now = time.perf_counter()
         with self._changed:
-            if not self._accepting:
-                raise RuntimeError("InferenceEngine is closed")
-            if all(lane.dead for lane in self._lanes.values()):
-                raise RuntimeError(
-                    f"all workers died: {', '.join(lane.name for lane in self._lanes.values())}"
-                )
+            self.check()
             if len(self._queue) >= self._max_queue:
                 self._rejected += 1
                 waiting = sum(request.psgs for request in self._queue)
@@ -205,6 +200,14 @@ class InferenceEngine:
         _check_request(node, setup.psgs.numel())
         route = next(iter(setup.samplers))
         return _answer(setup, route, node, torch.zeros_like(node), [request_id])
+
+    def check(self) -> None:
+        """Raise RuntimeError if the engine is closed or all its workers died."""
+        if not self._accepting:
+            raise RuntimeError("InferenceEngine is closed")
+        if all(lane.dead for lane in self._lanes.values()):
+            names = ", ".join(lane.name for lane in self._lanes.values())
+            raise RuntimeError(f"all workers died: {names}")
 
     def stats(self) -> EngineStats:
         """Counts of requests so far."""

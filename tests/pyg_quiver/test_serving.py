@@ -100,7 +100,7 @@ def test_qv10_threshold_is_the_crossing():
 
 
 def test_qv10_calibrate_and_stale_profiles(tmp_path, topology, sampler):
-    profile = calibrate({"cpu": sampler}, batch_sizes=(1, 16, 256), repeats=5)
+    profile = calibrate({"cpu": sampler}, batch_sizes=(1, 64, 2048), repeats=7)
     assert profile.cost["cpu"].slope_s > 0
     profile.save(tmp_path / "profile.json")
     loaded = CalibrationProfile.load(tmp_path / "profile.json")

@@ -1,0 +1,131 @@
+"""Waves of the two paths, and refusals by name, without an engine."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_moe_offload import ExpertCache, HostExpertStore
+from vllm_moe_offload.vllm_layer import _OffloadMixin, _refuse_features, expert_waves, token_waves
+
+CHOICES = st.lists(st.permutations(range(7)).map(lambda order: order[:3]), min_size=1, max_size=20)
+
+
+@settings(max_examples=80, deadline=None)
+@given(CHOICES, st.integers(3, 8))
+def test_mo04_token_waves_cover_all_rows_in_order_and_fit(chosen, slots):
+    chosen = np.asarray(chosen)
+    waves = list(token_waves(chosen, slots))
+    assert np.concatenate([np.arange(len(chosen))[wave] for wave in waves]).tolist() == list(
+        range(len(chosen))
+    )
+    assert all(len(np.unique(chosen[wave])) <= slots for wave in waves)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sets(st.integers(0, 20), min_size=1), st.sets(st.integers(0, 20)), st.integers(1, 6))
+def test_mo11_expert_waves_take_each_expert_once_residents_first(needed, resident, slots):
+    waves = expert_waves(np.asarray(sorted(needed)), frozenset(resident), slots)
+    order = np.concatenate(waves).tolist()
+    assert sorted(order) == sorted(needed)
+    assert all(len(wave) <= slots for wave in waves)
+    here = [expert in resident for expert in order]
+    assert here == sorted(here, reverse=True)
+
+
+class Kernel:
+    """Stands for vLLM's Triton kernel: rows by expert_map, absent experts give zeros, one sum at the end."""
+
+    def moe_sum(self, terms, output):
+        output.copy_(terms.sum(dim=1))
+
+
+class Layer(_OffloadMixin):
+    """One linear expert layer whose weights are the slots of a cache."""
+
+    def __init__(self, cache):
+        self.cache, self.kernel = cache, Kernel()
+        self.quant_method = SimpleNamespace(
+            moe_kernel=SimpleNamespace(fused_experts=self.kernel), apply=self.compute
+        )
+        self._handle = SimpleNamespace(index=0)
+        self._served_map = None
+
+    def compute(self, layer, x, topk_weights, topk_ids, **_):
+        rows = topk_ids if self.expert_map is None else self.expert_map[topk_ids.long()]
+        weights = self.cache.views["w"][rows.clamp(min=0).long()]
+        terms = torch.einsum("tkhi,ti->tkh", weights, x) * topk_weights[..., None]
+        terms[rows < 0] = 0
+        output = torch.empty_like(x)
+        self.kernel.moe_sum(terms, output)
+        return output
+
+    def _plain_tiles(self, x):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_mo11_expert_waves_equal_one_pass_bitwise_and_copy_each_missing_expert_once(slots):
+    torch.manual_seed(0)
+    store = HostExpertStore([{"w": torch.randn(9, 4, 4)}])
+    x, weights = torch.randn(30, 4), torch.rand(30, 2)
+    ids = torch.stack([torch.randperm(9)[:2] for _ in range(30)]).int()
+    everything = ExpertCache(store, 9)
+    everything.preload()
+    whole = Layer(everything)._apply(x, weights, everything.slot_of_expert[0][ids.long()])
+    cache = ExpertCache(store, slots)
+    cache.ensure(0, [8, 7])
+    cache.release(0)
+    layer = Layer(cache)
+    output = layer._run_expert_waves(x, weights, ids, np.arange(9), cache)
+    assert torch.equal(output, whole)
+    assert cache.stats["copies"] == 9
+    assert cache.stats["waves"] == -(-9 // slots) - 1
+    assert "moe_sum" not in vars(layer.kernel)
+    assert layer.expert_map is None
+
+
+def config(**changes):
+    parallel = {"enable_expert_parallel": False, "enable_eplb": False}
+    fields = {
+        "parallel_config": SimpleNamespace(**parallel),
+        "model_config": SimpleNamespace(),
+        "lora_config": None,
+        "offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=0)),
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        (
+            {"parallel_config": SimpleNamespace(enable_expert_parallel=True, enable_eplb=False)},
+            "enable_expert_parallel",
+        ),
+        ({"parallel_config": SimpleNamespace(enable_expert_parallel=False, enable_eplb=True)}, "enable_eplb"),
+        ({"lora_config": object()}, "enable_lora"),
+        ({"model_config": SimpleNamespace(enable_sleep_mode=True)}, "enable_sleep_mode"),
+        ({"offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=2))}, "cpu_offload_gb"),
+    ],
+)
+def test_features_that_break_offload_are_refused_by_name(changes, feature):
+    _refuse_features(config())
+    with pytest.raises(NotImplementedError, match=feature):
+        _refuse_features(config(**changes))
+
+
+def test_monolithic_kernels_are_refused_by_name():
+    class RoutesItself:
+        is_monolithic = True
+
+    layer = Layer(None)
+    layer.quant_method = RoutesItself()
+    with pytest.raises(NotImplementedError, match=r"RoutesItself .*--moe-backend triton"):
+        layer._refuse_monolithic()

@@ -129,7 +129,8 @@ def rasterize_moments_torch(
         opacities.reshape(-1),
         colors.reshape(-1, channels),
     )
-    keep = (1 - torch.as_tensor(drop).to(means2d).expand(images, count)).reshape(-1)
+    ratios = torch.as_tensor(drop, dtype=means2d.dtype, device=means2d.device)
+    keep = (1 - ratios.expand(images, count)).reshape(-1)
     for tile in iterate_tiles(isect_offsets, flatten_ids.numel(), image_width, image_height, tile_size):
         ids = flatten_ids[tile.start : tile.stop].long()
         centres, shapes, opacity, color = (tensor[ids] for tensor in flat)

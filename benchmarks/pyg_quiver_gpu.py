@@ -4,8 +4,8 @@ python benchmarks/pyg_quiver_gpu.py [--out DIR] [--quick] [--only SECTION ...]
 
 Sections: check, sampling, crossing, features, metrics, training, serving. Needs a CUDA device (does nothing
 without one; --rehearse runs all but the kernels on the CPU with a tiny graph and writes nothing). Arms of a
-comparison take turns in one run. CPU arms use numba where it is installed; otherwise torch operations with the
-same bits, and the result says so. About 120 s on an H100.
+comparison take turns in one run. CPU arms use numba where it is installed, otherwise torch operations of the
+same bits, and the result says which. About 120 s on an H100.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]], view: int) -> None:
             ("truth", truth, None), (method.removesuffix("-tiny"), image, None), ("|error|", error, "magma"),
         ]  # fmt: skip
         for name, sigmas in sheet["sigmas"].items():
-            panels.append((f"sigma: {name}", sigmas[view].mean(-1), "viridis"))
+            panels.append(("sigma: " + name.replace(", ", ",\n"), sigmas[view].mean(-1), "viridis"))
         for axis, (title, panel, colors) in zip(row, panels, strict=False):
             top = {} if colors is None else {"vmin": 0, "vmax": max(float(panel.quantile(0.995)), 1e-6)}
             axis.imshow(

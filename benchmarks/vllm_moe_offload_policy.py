@@ -48,16 +48,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trace", type=Path, help="recorded trace to replay besides the generated ones")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--kinds", nargs="*", default=["topic_local", "uniform", "cyclic"])
+    parser.add_argument("--residency", type=float, nargs="+", default=list(RESIDENCIES))
     arguments = parser.parse_args()
-    traces = {
-        kind: [generated(kind, seed) for seed in range(arguments.seeds)]
-        for kind in ("topic_local", "uniform", "cyclic")
-    }
+    traces = {kind: [generated(kind, seed) for seed in range(arguments.seeds)] for kind in arguments.kinds}
     if arguments.trace:
         traces["recorded"] = [RoutingTrace.load(arguments.trace)]
     rows = []
     for kind, variants in traces.items():
-        for residency in RESIDENCIES:
+        for residency in arguments.residency:
             for policy in POLICIES:
                 start = time.perf_counter()
                 rates = []

@@ -1,6 +1,6 @@
 """Generate with a quarter of the experts in slots, on a tiny random model; runs on a CPU in seconds.
 
-python examples/vllm_moe_offload.py [MODEL_FOLDER]
+python examples/vllm_moe_offload_generate.py [MODEL_FOLDER]
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # statistics of an engine in this process
+# One process, little memory: only for the CPU build of vLLM, which otherwise starts three processes.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -28,6 +31,7 @@ def main() -> None:
             skip_tokenizer_init=True,
             enforce_eager=True,
             max_model_len=128,
+            distributed_executor_backend="uni",
             additional_config={"moe_offload": {"cache_fraction": 0.25}},
         )
         params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)

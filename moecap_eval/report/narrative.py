@@ -27,6 +27,7 @@ TITLES = {
     "s_mfu": "compute use (S-MFU)",
     "hit_rate": "cache hit rate",
     "moved_bytes_per_s": "traffic between memory tiers",
+    "expert_memory_bytes": "memory for experts",
 }
 _UNIT_ENDINGS = ("_s", "_bytes", "_usd", "_db")
 

@@ -179,6 +179,11 @@ class TextSystem(System):
             except ValueError as error:
                 result.values[name], result.reasons[name] = None, str(error)
 
+    @property
+    def spec(self) -> ModelSpec | None:
+        """What the accounting knows of the model; None for a family it does not support."""
+        return self._spec
+
     def _require_spec(self) -> ModelSpec:
         if self._spec is None:
             raise ValueError(self._no_spec)

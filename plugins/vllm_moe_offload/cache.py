@@ -97,6 +97,11 @@ class ExpertCache:
         self._stale_rows: set[int] = set()
 
     @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot, so that nothing is ever evicted."""
+        return self.num_slots >= self.store.num_layers * self.store.num_experts
+
+    @property
     def stats(self) -> dict[str, int | float]:
         """The counters by name."""
         return self.counters.as_dict()

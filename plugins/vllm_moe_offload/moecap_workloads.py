@@ -22,6 +22,7 @@ class GenerateWorkload(TextGeneration):
     name: ClassVar[str] = "moe_offload.generate"
     axes: ClassVar[tuple[Axis, ...]] = (
         *TextGeneration.axes,
+        Axis("expert_memory_bytes", "cost", "B", "lower", headline=True),
         Axis("hit_rate", "performance", "share of expert requests", "higher", margin=0.05),
         Axis("moved_bytes_per_s", "performance", "B/s", "lower", margin=0.05),
     )
@@ -76,6 +77,11 @@ class PlainSystem(TextSystem):
         for axis in ("hit_rate", "moved_bytes_per_s"):
             result.values[axis] = None
             result.reasons[axis] = "no expert cache in this arm"
+        if self.spec is None:
+            result.values["expert_memory_bytes"] = None
+            result.reasons["expert_memory_bytes"] = "the accounting does not know this model's family"
+        else:
+            result.values["expert_memory_bytes"] = self.spec.weight_bytes["routed_experts"]
         return result
 
     def memory_bytes(self) -> dict[str, int]:
@@ -102,7 +108,18 @@ class OffloadSystem(PlainSystem):
         result.values["hit_rate"] = hits / accesses if accesses else None
         moved = sum(sum(step.moved_bytes.values()) for step in result.steps)
         result.values["moved_bytes_per_s"] = moved / seconds
+        result.values["expert_memory_bytes"] = self._slot_and_expert_bytes()[0]
         return result
+
+    def _slot_and_expert_bytes(self) -> tuple[int, int]:
+        """Bytes of all slots and of all experts, over the ranks."""
+        from vllm_moe_offload import stats
+
+        slots = experts = 0
+        for rank in stats(self.llm):
+            slots += rank["num_slots"] * rank["expert_nbytes"]
+            experts += rank["num_layers"] * rank["num_experts"] * rank["expert_nbytes"]
+        return slots, experts
 
     def _counters(self) -> dict[str, float]:
         from vllm_moe_offload import stats
@@ -112,13 +129,8 @@ class OffloadSystem(PlainSystem):
 
     def memory_bytes(self) -> dict[str, int]:
         """``hbm`` holds the slots and all that is no expert, ``dram`` the experts."""
-        from vllm_moe_offload import stats
-
         held = TextSystem.memory_bytes(self)
-        slots = experts = 0
-        for rank in stats(self.llm):
-            slots += rank["num_slots"] * rank["expert_nbytes"]
-            experts += rank["num_layers"] * rank["num_experts"] * rank["expert_nbytes"]
+        slots, experts = self._slot_and_expert_bytes()
         if "hbm" in held:  # the allocator's count already holds the slots and no other expert
             return {"hbm": held["hbm"], "dram": experts}
         return {"hbm": held["dram"] - experts + slots, "dram": experts}

@@ -10,6 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,9 @@ class Step:
     requests: Callable[[], list[tuple[str, int]]] | None = None
     traced: set[int] = field(default_factory=set)
 
+    @cached_property
     def rows(self) -> list[tuple[str, slice]]:
-        """The rows of each request."""
+        """The rows of each request; to be read inside the forward pass."""
         rows, start = [], 0
         for request, tokens in self.requests() if self.requests else ():
             rows.append((request, slice(start, start + tokens)))
@@ -145,17 +147,18 @@ class ModelOffload:
             return
         if layer.pool not in self.step.traced:
             self.step.traced.add(layer.pool)
-            tokens = {request: rows.stop - rows.start for request, rows in self.step.rows()}
+            tokens = {request: rows.stop - rows.start for request, rows in self.step.rows}
             estimator.start_step(tokens)
-        if self.config.policy == "eam":
-            self.caches[layer.pool].share = estimator.share()
+        cache = self.caches[layer.pool]
+        if self.config.policy == "eam" and not cache.holds_all:
+            cache.share = estimator.share()
 
     def after_layer(self, layer: LayerHandle, chosen: npt.NDArray[np.integer]) -> None:
         """Trace what the router chose, ``[tokens, top_k]``, for the step's requests."""
         assert self.step is not None
         if self.step.requests is None:
             return
-        rows = self.step.rows()
+        rows = self.step.rows
         self.estimators[layer.pool].observe(layer.index, {request: chosen[part] for request, part in rows})
         if self.recorder is not None and layer.pool == 0:
             self.recorder.record(self.step.number, layer.index, rows, chosen)
@@ -214,7 +217,7 @@ class ModelOffload:
         if self.config.record_trace and pool == 0:
             self.recorder = TraceRecorder(store.num_layers, store.num_experts, layers[0].top_k)
         total = store.num_layers * store.num_experts
-        if num_slots == total:
+        if cache.holds_all:
             cache.preload()
         nbytes = store.layout.expert_nbytes
         logger.info(

@@ -26,7 +26,7 @@ class ShareEstimator:
         self.tracer = EAMTracer(collection.num_layers, collection.num_experts)
         self._predictor = EAMPredictor(collection, temperature=temperature)
         self._tokens: dict[str, int] = {}
-        self._known: Shares | None = None
+        self._known: Shares | None = None  # of requests seen before the step; made when first asked for
         self._new: list[str] = []
 
     @property
@@ -39,14 +39,14 @@ class ShareEstimator:
         self._tokens = dict(tokens)
         self._new = [request for request in tokens if request not in self.tracer.live]
         self._known = None
-        if len(self.collection):
-            known = [request for request in tokens if request not in self._new]
-            self._known = sum((self._weighted(request) for request in known), start=self._zeros())
 
     def share(self) -> Shares | None:
         """Share ``[layers, experts]`` for the layer about to run; None while nothing has finished yet."""
-        if self._known is None:
+        if not len(self.collection):
             return None
+        if self._known is None:
+            known = [request for request in self._tokens if request not in self._new]
+            self._known = sum((self._weighted(request) for request in known), start=self._zeros())
         total = sum((self._weighted(request) for request in self._new), start=self._known)
         return total / max(sum(self._tokens.values()), 1)
 

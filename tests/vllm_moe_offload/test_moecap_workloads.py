@@ -70,6 +70,8 @@ def test_cap09_plain_and_offloaded_arms(context: RunContext) -> None:
     plain.close()
     assert expected.values["hit_rate"] is None
     assert expected.reasons["hit_rate"] == "no expert cache in this arm"
+    all_experts = 6 * 32 * 3 * 128 * 64 * 2  # layers, experts, three matrices, bfloat16
+    assert expected.values["expert_memory_bytes"] == all_experts
     assert all(step.invalid is None for step in expected.steps)
 
     system = workload.open(ArmConfig("half", {"residency": 0.5}), context)
@@ -78,6 +80,7 @@ def test_cap09_plain_and_offloaded_arms(context: RunContext) -> None:
     before = stats(system.llm)[0]
     result = system.run(items)
     after = stats(system.llm)[0]
+    assert result.values["expert_memory_bytes"] == all_experts // 2
     memory, facts = system.memory_bytes(), system.describe()
     system.close()
 

@@ -1,6 +1,6 @@
 """First figures on a GPU: is offload lossless with graphs, what does a step cost, what do copies reach?
 
-    python benchmarks/vllm_moe_offload_gpu_slice.py --out result.json [--layers 6]
+    python benchmarks/vllm_moe_offload_gpu_slice.py [--out DIR] [--layers 6]
 
 One process, less than four minutes on one H100 or H200 with vLLM 0.26.0. Parts, in this order, each reported
 even if a later one fails:
@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from benchmarks.common import RESULTS, Headline, write_result
 from tiered_memory import PinnedArena, gather_rows, measure_bandwidth
 from vllm_moe_offload import SlabLayout
 
@@ -341,31 +341,57 @@ def engines(layers: int, save) -> dict:
     return report
 
 
+def headline(parts: dict) -> list[Headline]:
+    """The figures worth quoting of the parts that ran."""
+    rows = [
+        Headline(
+            name.replace("_", " "),
+            link["bytes_per_s"] / 1e9,
+            "GB/s",
+            min(link["samples"]) / 1e9,
+            max(link["samples"]) / 1e9,
+        )
+        for name, link in parts.get("link", {}).items()
+        if isinstance(link, dict)
+    ]
+    for batch, layer in parts.get("one_layer", {}).items():
+        for arm, found in layer["arms"].items() if batch.startswith("batch_") else ():
+            note = "bitwise equal to plain" if found["bitwise_equal"] else "differs from plain"
+            time_ms = found["ms"]
+            what = f"one layer, {batch.replace('_', ' ')}: {arm}"
+            rows.append(Headline(what, time_ms["median"], "ms", time_ms["min"], time_ms["max"], note=note))
+    for arm, engine in parts.get("engine", {}).items():
+        for batch in ("batch_1", "batch_8") if isinstance(engine, dict) else ():
+            found = engine[batch]
+            note = f"graphs {engine['cudagraph_mode']}, ids equal plain: {found['ids_equal_plain']}"
+            if "hit_rate" in found:
+                note += f", hit rate {found['hit_rate']:.3f}"
+            time_ms = found["step_ms"]
+            what = f"engine, {batch.replace('_', ' ')}: {arm}"
+            rows.append(
+                Headline(what, time_ms["median"], "ms/step", time_ms["min"], time_ms["max"], note=note)
+            )
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--parts", default="link,one_layer,engine")
     arguments = parser.parse_args()
-    import triton
-    import vllm
+    result: dict = {}
 
-    device = torch.cuda.get_device_properties(0)
-    result: dict = {
-        "command": "python " + " ".join(["benchmarks/vllm_moe_offload_gpu_slice.py", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "vllm": vllm.__version__,
-        },
-        "hardware": {"gpu": device.name, "gpu_memory_bytes": device.total_memory, "cpus": os.cpu_count()},
-    }
-
-    def save(part=None, name=None) -> None:
-        if name:
-            result[name] = part
-        arguments.out.write_text(json.dumps(result, indent=1))
+    def save(part: dict, name: str) -> None:
+        result[name] = part
+        write_result(
+            "vllm_moe_offload_gpu_slice",
+            question="Is offload lossless on a GPU, what does a step cost, can experts be read in place?",
+            headline=headline({key: value for key, value in result.items() if "error" not in value}),
+            samples={},
+            folder=arguments.out,
+            **result,
+        )
 
     def link() -> dict:
         return {

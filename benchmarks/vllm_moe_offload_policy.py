@@ -1,6 +1,6 @@
 """Hit rate of every eviction policy against residency, with Belady's bound, by replay.
 
-    python benchmarks/vllm_moe_offload_policy.py --out FILE.json [--seeds 2] [--trace RECORDED.npz]
+    python benchmarks/vllm_moe_offload_policy.py [--out DIR] [--seeds 2] [--trace RECORDED.npz]
 
 Traces: topic-local (requests of 8 latent topics, Dirichlet 0.08, 15 % noise: the paper's premise), uniform
 (no structure), cyclic, and any recorded one. Several seeds; all policies replay the same traces.
@@ -9,16 +9,16 @@ Traces: topic-local (requests of 8 latent topics, Dirichlet 0.08, 15 % noise: th
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.common import RESULTS, Headline, write_result
 from vllm_moe_offload import RoutingTrace, replay
 
 LAYERS, EXPERTS, TOP_K, REQUESTS, TOKENS = 8, 64, 6, 60, 16
@@ -43,9 +43,23 @@ def generated(kind: str, seed: int) -> RoutingTrace:
     return RoutingTrace(ids, np.arange(REQUESTS).repeat(TOKENS), np.arange(tokens), EXPERTS)
 
 
+def headline(rows: Sequence[Mapping[str, Any]]) -> list[Headline]:
+    """The hit rate of each policy at each residency; the interval spans the traces."""
+    return [
+        Headline(
+            f"{row['trace']}, {row['residency']:.1%} resident: {row['policy']}",
+            row["hit_rate"],
+            "hit rate",
+            min(row["hit_rate_samples"]),
+            max(row["hit_rate_samples"]),
+        )
+        for row in rows
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--trace", type=Path, help="recorded trace to replay besides the generated ones")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--kinds", nargs="*", default=["topic_local", "uniform", "cyclic"])
@@ -74,20 +88,18 @@ def main() -> int:
                     }
                 )
                 print(f"{kind} {residency} {policy}: {rows[-1]['hit_rate']:.3f}", flush=True)
-    result = {
-        "command": "python " + " ".join(["benchmarks/vllm_moe_offload_policy.py", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "hardware": {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
-        "shape": {
-            "layers": LAYERS,
-            "experts": EXPERTS,
-            "top_k": TOP_K,
-            "requests": REQUESTS,
-            "tokens": TOKENS,
+    write_result(
+        "vllm_moe_offload_policy",
+        question="What share of expert requests does each eviction policy serve from its slots?",
+        headline=headline(rows),
+        samples={
+            f"{row['trace']} {row['residency']} {row['policy']}": row["hit_rate_samples"] for row in rows
         },
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        folder=arguments.out,
+        sample_unit="hit rate of one trace",
+        shape={"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K, "requests": REQUESTS, "tokens": TOKENS},
+        rows=rows,
+    )
     return 0
 
 

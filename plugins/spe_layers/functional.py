@@ -13,6 +13,7 @@ from spe_layers.eager import spe_eager
 from spe_layers.encoding import coordinate_dtype, feature_mask
 
 Backend = Literal["auto", "eager", "triton"]
+_HAS_TRITON = find_spec("triton") is not None  # asked here, since torch.compile cannot trace the question
 
 
 def spe(
@@ -88,7 +89,7 @@ def use_kernels(x: Tensor, weight: Tensor, bands: Bands, backend: Backend) -> bo
     """Whether ``backend`` means the Triton kernels for these tensors; raises where it insists in vain."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if backend == "eager" or (backend == "auto" and not (x.is_cuda and find_spec("triton"))):
+    if backend == "eager" or (backend == "auto" and not (x.is_cuda and _HAS_TRITON)):
         return False
     from spe_layers import kernels
 

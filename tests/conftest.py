@@ -1,6 +1,7 @@
 """Settings every test needs before a framework is imported."""
 
 import os
+import sys
 
 import pytest
 
@@ -26,3 +27,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device (make test-gpu)"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let vLLM start in a process that has imported numba.
+
+    Its CPU platform looks at ``vars(x)`` of everything that any module holds, and llvmlite's handle of its C
+    library answers even ``__dict__`` with a C function.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None or hasattr(ffi, "dunder_names_hidden"):
+        return
+    library_attribute = ffi._lib_wrapper.__getattr__
+
+    def public_attribute(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return library_attribute(self, name)
+
+    ffi._lib_wrapper.__getattr__ = public_attribute
+    ffi.dunder_names_hidden = True

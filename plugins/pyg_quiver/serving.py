@@ -23,9 +23,8 @@ from pyg_quiver.sampler import QuiverSampler
 
 Router = ThresholdRouter | EarliestFinishRouter
 
-_BATCHES_AHEAD = (
-    1  # batches that wait at a route while it works; more would only make requests miss better routes
-)
+# Batches that wait at a route while it works: with more, requests would miss better routes.
+_BATCHES_AHEAD = 1
 _SMOOTHING = 0.2
 
 

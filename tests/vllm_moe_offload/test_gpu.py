@@ -60,6 +60,21 @@ def test_mo03_mo12_bitwise_equal_on_a_gpu(family, mode):
             assert report["copies"] == 0
 
 
+def test_mo12_bitwise_equal_to_plain_graphs_cut_at_the_same_places(family):
+    """Where plain vLLM's compiled model is cut at the expert layers too, the plugin changes no bit."""
+    from vllm.config import CompilationConfig
+
+    name, folder = family
+    cuts = [*CompilationConfig._attention_ops, "vllm::moe_forward", "vllm::moe_forward_shared"]
+    graphs = MODES["graphs"]["compilation_config"]
+    same_cuts = {**graphs, "cudagraph_mode": "PIECEWISE", "splitting_ops": cuts}
+    with gpu_engine(folder, enforce_eager=False, compilation_config=same_cuts) as llm:
+        plain = generate(llm, tokens=16)
+    options = {"cache_fraction": SLOTS[name][1] / (EXPERTS * LAYERS), "policy": "lru"}
+    with gpu_engine(folder, options, **MODES["graphs"]) as llm:
+        assert generate(llm, tokens=16) == plain
+
+
 def _check_graphs(llm, mode):
     from vllm.config import CUDAGraphMode
 

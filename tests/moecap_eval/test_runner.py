@@ -151,6 +151,8 @@ def test_cap15_killed_in_the_middle_of_a_block_resumes(tmp_path, victim):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever starts the tests in the background of a shell has them inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: (out / "records.jsonl").exists() and len(blocks_of(out)) >= 3)
     children = Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_moe_offload.npz import save_npz
 
 Matrix = npt.NDArray[np.int64]
 Shares = npt.NDArray[np.float64]
@@ -142,18 +143,14 @@ class EAMCollection:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a compressed ``.npz``; a file already there is replaced only by a complete one."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(
-                file,
-                matrices=self._matrices,
-                persistent=self._persistent,
-                nearest=self._nearest,
-                added=self._added,
-                capacity=np.int64(self.capacity),
-            )
-        partial.replace(target)
+        save_npz(
+            path,
+            matrices=self._matrices,
+            persistent=self._persistent,
+            nearest=self._nearest,
+            added=self._added,
+            capacity=np.int64(self.capacity),
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EAMCollection:

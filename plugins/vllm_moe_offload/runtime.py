@@ -213,6 +213,11 @@ class ModelOffload:
         known = EAMCollection(store.num_layers, store.num_experts, self.config.eam_capacity)
         if self.config.eam_path is not None and Path(self.config.eam_path).exists():
             known = EAMCollection.load(self.config.eam_path)
+            if (known.num_layers, known.num_experts) != (store.num_layers, store.num_experts):
+                raise ValueError(
+                    f"moe_offload: {self.config.eam_path} was recorded with {known.num_layers} layers of "
+                    f"{known.num_experts} experts, this model has {store.num_layers} of {store.num_experts}"
+                )
         self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
         if self.config.record_trace and pool == 0:
             self.recorder = TraceRecorder(store.num_layers, store.num_experts, layers[0].top_k)

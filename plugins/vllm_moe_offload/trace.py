@@ -6,10 +6,11 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_moe_offload.npz import save_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +72,14 @@ class RoutingTrace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a compressed ``.npz``; a file already there is replaced only by a complete one."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(
-                file,
-                expert_ids=self.expert_ids,
-                request=self.request,
-                step=self.step,
-                num_experts=np.int64(self.num_experts),
-                request_ids=np.asarray(self.request_ids, dtype=np.str_),
-            )
-        partial.replace(target)
+        save_npz(
+            path,
+            expert_ids=self.expert_ids,
+            request=self.request,
+            step=self.step,
+            num_experts=np.int64(self.num_experts),
+            request_ids=np.asarray(self.request_ids, dtype=np.str_),
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingTrace:

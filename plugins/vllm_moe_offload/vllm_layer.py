@@ -138,6 +138,22 @@ def offload_of(vllm_config: Any) -> ModelOffload | None:
     return None
 
 
+def _refuse_unbuilt(options: Mapping[str, object]) -> None:
+    """Raise NotImplementedError naming an option whose mechanism is not there yet."""
+    harmless = {
+        "prefetch": "none",
+        "miss": "copy",
+        "prefill": "waves",
+        "host_memory": None,
+        "disk_path": None,
+    }
+    for name, value in built.items():
+        if options.get(name, value) not in (value, "auto"):
+            raise NotImplementedError(
+                f"moe_offload: option {name}={options[name]!r} is not built yet; leave it out"
+            )
+
+
 def _refuse_features(vllm_config: Any) -> None:
     """Raise NotImplementedError naming a configured feature that would break or bypass the offload."""
     parallel = vllm_config.parallel_config
@@ -205,6 +221,7 @@ class _OffloadMixin:
             plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
             return
         config = MoEOffloadConfig.from_dict(options)
+        _refuse_unbuilt(options)
         _refuse_features(vllm_config)
         super().__init__(*args, **kwargs)
         self._refuse_monolithic()

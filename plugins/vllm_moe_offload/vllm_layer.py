@@ -140,7 +140,7 @@ def offload_of(vllm_config: Any) -> ModelOffload | None:
 
 def _refuse_unbuilt(options: Mapping[str, object]) -> None:
     """Raise NotImplementedError naming an option whose mechanism is not there yet."""
-    harmless = {
+    built = {
         "prefetch": "none",
         "miss": "copy",
         "prefill": "waves",

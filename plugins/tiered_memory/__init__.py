@@ -1,4 +1,4 @@
-"""Memory below the GPU, shared by the plugins: pinned host memory, ordered copies, gathers, probes.
+"""Memory below the GPU, shared by the plugins: pinned memory, direct reads, ordered copies, gathers, probes.
 
 Names are resolved on first use, so that importing the package touches no device and needs no Triton.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiered_memory.arena import PinnedArena
     from tiered_memory.copy_engine import Copy, CopyEngine, SimulatedClock, SimulatedCopyEngine
+    from tiered_memory.direct_io import DirectReader
     from tiered_memory.gather import gather_rows, gather_segments, peer_access, row_code
     from tiered_memory.probe import Bandwidth, measure_bandwidth
 
@@ -18,6 +19,7 @@ __all__ = [
     "Bandwidth",
     "Copy",
     "CopyEngine",
+    "DirectReader",
     "PinnedArena",
     "SimulatedClock",
     "SimulatedCopyEngine",
@@ -32,6 +34,7 @@ _MODULE_OF = {
     "Bandwidth": "probe",
     "Copy": "copy_engine",
     "CopyEngine": "copy_engine",
+    "DirectReader": "direct_io",
     "PinnedArena": "arena",
     "SimulatedClock": "copy_engine",
     "SimulatedCopyEngine": "copy_engine",

@@ -140,12 +140,10 @@ def rasterization_moments(
     _check_modes(render_mode, rasterize_mode)
     _check_options(gsplat_options)
     _check_shapes(means, quats, scales, opacities, viewmats, Ks)
-    on_gsplat = means.is_cuda and gsplat_backend.gsplat_found() and backend != "torch"
-    prepare = gsplat_backend.gsplat_splats if on_gsplat else torch_splats
-    splats = prepare(
+    splats = prepare_splats(
         means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=near_plane,
         far_plane=far_plane, eps2d=eps2d, sh_degree=sh_degree, tile_size=tile_size,
-        antialiased=rasterize_mode == "antialiased",
+        rasterize_mode=rasterize_mode, on_torch=backend == "torch",
     )  # fmt: skip
     channels, backgrounds = _with_depth(splats, backgrounds, render_mode)
     moments = rasterize_moments(
@@ -154,6 +152,42 @@ def rasterization_moments(
         covariance=render_mode == "RGB+D",
     )  # fmt: skip
     return moments, _info(splats, width, height, tile_size)
+
+
+def prepare_splats(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    eps2d: float = 0.3,
+    sh_degree: int | None = None,
+    tile_size: int = 16,
+    rasterize_mode: Literal["classic", "antialiased"] = "classic",
+    on_torch: bool = False,
+    **_rendering: Any,
+) -> Splats:
+    """What a rasterizer needs, by gsplat's kernels on CUDA where it is installed, else by torch.
+
+    Arguments as `rasterization`; those that concern rendering alone are ignored.
+
+    Args:
+        on_torch: do not use gsplat.
+    """
+    on_gsplat = means.is_cuda and gsplat_backend.gsplat_found() and not on_torch
+    prepare = gsplat_backend.gsplat_splats if on_gsplat else torch_splats
+    return prepare(
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=near_plane,
+        far_plane=far_plane, eps2d=eps2d, sh_degree=sh_degree, tile_size=tile_size,
+        antialiased=rasterize_mode == "antialiased",
+    )  # fmt: skip
 
 
 def expected_depth_moments(moments: RenderMoments) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,9 @@ _SQUARE_MIN = tl.constexpr(TRANSMITTANCE_MIN**2)
 class LaunchShape:
     """Rows of a tile a program owns, splats an unrolled step takes, warps of a program."""
 
-    rows: int = 8
-    unroll: int = 4
-    warps: int = 2
+    rows: int = 4
+    unroll: int = 8
+    warps: int = 1
 
 
 LAUNCH = LaunchShape()

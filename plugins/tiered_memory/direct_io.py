@@ -88,7 +88,7 @@ class DirectReader:
             raise ValueError(f"direct reader: {self.path} is closed")
         if out.nbytes == 0:
             return
-        view = memoryview(out.detach().view(-1).view(torch.uint8).numpy())
+        view = out.detach().view(-1).view(torch.uint8).numpy().data
         if offset < 0 or offset + len(view) > self.nbytes:
             found = max(0, min(self.nbytes - offset, len(view)))
             raise OSError(f"{self.path}: expected {len(view)} bytes at {offset}, found {found}")

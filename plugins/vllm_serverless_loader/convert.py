@@ -1,0 +1,60 @@
+"""Conversion of a model directory into a loading-optimised checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm_serverless_loader.checkpoint.index import DEFAULT_CHUNK_BYTES, CheckpointKey
+from vllm_serverless_loader.checkpoint.reader import model_digest, open_checkpoint
+from vllm_serverless_loader.checkpoint.writer import copy_other_files, write_partition
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layout: str = "vllm",
+    tensor_parallel_size: int = 1,
+    dtype: str = "auto",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    engine_arguments: dict[str, Any] | None = None,
+) -> Path:
+    """Write the checkpoint of ``model`` into the directory ``out``.
+
+    Args:
+        model: directory with safetensors files.
+        out: new directory; also gets the configuration and tokenizer files.
+        layout: ``"full"``: names and shapes of the original, for any number of ranks, needs no vLLM.
+            ``"vllm"``: the parameters of each vLLM rank before post-processing; fastest to load. vLLM is
+            started once to make them.
+        tensor_parallel_size: ranks of the ``"vllm"`` layout.
+        dtype: vLLM's dtype of the ``"vllm"`` layout.
+        chunk_bytes: bytes covered by one checksum (``"full"``).
+        engine_arguments: further arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: unknown layout, or more than one rank with ``"full"``.
+        FileNotFoundError: no weights in ``model``.
+        FileExistsError: ``out`` holds a checkpoint already.
+        OSError: the disk is full; what was written is removed.
+    """
+    source, target = Path(model), Path(out)
+    if layout not in ("full", "vllm"):
+        raise ValueError(f"layout must be 'full' or 'vllm', got {layout!r}")
+    if target.is_dir() and any(target.glob("partition-*.json")):
+        raise FileExistsError(f"{target} holds a checkpoint already; remove it or choose another directory")
+    with open_checkpoint(source) as checkpoint:
+        if layout == "vllm":
+            from vllm_serverless_loader.vllm_loader import convert_in_vllm
+
+            convert_in_vllm(source, target, tensor_parallel_size, dtype, engine_arguments or {})
+            return target
+        if tensor_parallel_size != 1:
+            raise ValueError("layout 'full' serves any number of ranks; leave tensor_parallel_size at 1")
+        tensors = checkpoint.load().tensors
+        key = CheckpointKey(layout="full", model=model_digest(source))
+        write_partition(target, tensors, key=key, chunk_bytes=chunk_bytes)
+    copy_other_files(source, target)
+    return target

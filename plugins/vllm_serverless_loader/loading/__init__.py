@@ -1,0 +1,1 @@
+"""Movement of checkpoints between disk, host memory and devices."""

@@ -1,0 +1,165 @@
+"""``--load-format serverless_llm`` in the real vLLM: same tokens, nothing lost (SL-01, SL-03, SL-09)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_models import write_tiny_model
+from tests.vllm_serverless_loader.engines import greedy_ids
+from tests.vllm_serverless_loader.tensors import assert_same
+from vllm_serverless_loader import (
+    CorruptCheckpointError,
+    HostCache,
+    StoreServer,
+    convert,
+    load_checkpoint,
+    open_checkpoint,
+)
+
+pytestmark = pytest.mark.vllm
+
+TRAINED = Path("examples/tiny_moe/model").resolve()
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory):
+    return write_tiny_model("qwen3_moe", tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module", params=["trained", "tied"])
+def case(request, tmp_path_factory, tied_model):
+    """A model directory, vLLM's own ids, its state before post-processing, and its conversion inside vLLM."""
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+
+    folder = TRAINED if request.param == "trained" else tied_model
+    state = {}
+    original = base_loader.process_weights_after_loading
+
+    def remember(model, *arguments):
+        subtensors = ShardedStateLoader._filter_subtensors(model.state_dict())
+        state.update({name: tensor.clone() for name, tensor in subtensors.items()})
+        return original(model, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_loader, "process_weights_after_loading", remember)
+        ids = greedy_ids(folder)
+    converted = tmp_path_factory.mktemp("converted") / request.param
+    assert greedy_ids(folder, {"convert_to": str(converted)}) == ids
+    return folder, ids, state, converted
+
+
+def test_sl03_store_holds_the_state_before_post_processing(case):
+    _, _, state, converted = case
+    assert len(state) > 10
+    assert_same(load_checkpoint(converted), state)
+
+
+def test_sl01_converted_directory_gives_the_ids_of_auto(case):
+    _, ids, _, converted = case
+    assert greedy_ids(converted, {}) == ids
+    assert greedy_ids(converted, {"verify": False, "direct_io": "always", "io_threads": 2}) == ids
+
+
+def test_sl01_original_layout_gives_the_ids_of_auto(case, tmp_path):
+    folder, ids, _, _ = case
+    assert greedy_ids(folder, {}) == ids
+    assert greedy_ids(convert(folder, tmp_path / "full", layout="full"), {}) == ids
+
+
+def test_sl09_restarted_engine_loads_from_the_store_without_the_disk(case, tmp_path, monkeypatch):
+    import os
+
+    folder, ids, _, converted = case
+    extra = {"store": str(tmp_path / "s.sock"), "store_required": True}
+    with (
+        HostCache(256 << 20, chunk_bytes=1 << 20, shared=True) as cache,
+        StoreServer(cache, extra["store"]),
+    ):
+        assert greedy_ids(converted, extra) == ids
+        assert greedy_ids(folder, extra) == ids
+        monkeypatch.setattr(os, "preadv", None)  # any read of the checkpoint would fail
+        assert greedy_ids(converted, extra) == ids
+        assert greedy_ids(folder, extra) == ids
+        assert [cache.evict(*model) for model in cache.models] == [True, True]  # no lease is left
+
+
+def test_sl01_store_that_is_gone(tied_model, caplog):
+    from vllm.config.load import LoadConfig
+
+    from vllm_serverless_loader.vllm_loader import ServerlessLoader
+
+    extra = {"store": "/nowhere/s.sock"}
+    loader = ServerlessLoader(LoadConfig(load_format="serverless_llm", model_loader_extra_config=extra))
+    with pytest.warns(RuntimeWarning, match=r"store /nowhere/s.sock does not answer.*; reading .* directly"):
+        assert loader._lease(tied_model, 0) is None
+    strict = LoadConfig(
+        load_format="serverless_llm", model_loader_extra_config={**extra, "store_required": True}
+    )
+    with pytest.raises(ConnectionError, match="/nowhere/s.sock"):
+        ServerlessLoader(strict)._lease(tied_model, 0)
+
+
+def test_sl01_extra_config_is_checked(tied_model):
+    from vllm.config.load import LoadConfig
+
+    from vllm_serverless_loader.vllm_loader import ServerlessLoader
+
+    for extra, text in (
+        ({"io_thread": 3}, "unknown key 'io_thread'; did you mean 'io_threads'"),
+        ({"io_threads": 0}, "io_threads must be a whole number of at least 1"),
+        ({"direct_io": "yes"}, "direct_io must be one of auto, always, never"),
+        ({"store": 5}, "store must be a str"),
+        ({"verify": "no"}, "verify must be true or false"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ServerlessLoader(LoadConfig(load_format="serverless_llm", model_loader_extra_config=extra))
+
+
+def test_sl10_damaged_conversion_never_serves(tied_model, tmp_path):
+    folder = convert(tied_model, tmp_path / "full", layout="full")
+    path = folder / "partition-00000-of-00001.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match="checksum of chunk"):
+        greedy_ids(folder, {})
+
+
+def test_sl01_registering_twice_changes_nothing():
+    import vllm_serverless_loader
+    from vllm_serverless_loader import vllm_loader
+
+    vllm_serverless_loader.register()
+    vllm_serverless_loader.register()
+    assert vllm_loader.is_registered()
+
+
+def test_sl25_one_line_a_rank_with_source_and_rate(tied_model, caplog):
+    logger = logging.getLogger("vllm.serverless_loader")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger.name):
+            greedy_ids(tied_model, {})
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records if "GiB/s" in record.getMessage()]
+    assert len(lines) == 1
+    assert "rank 0" in lines[0]
+    assert "from disk" in lines[0]
+
+
+@pytest.mark.slow
+def test_sl01_two_ranks_give_the_ids_of_auto_with_two_ranks(tied_model, tmp_path):
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    ids = greedy_ids(tied_model, **two)
+    converted = tmp_path / "two"
+    assert greedy_ids(tied_model, {"convert_to": str(converted)}, **two) == ids
+    assert greedy_ids(converted, {}, **two) == ids
+    with open_checkpoint(converted, rank=1) as checkpoint:
+        assert checkpoint.world_size == 2
+    with pytest.raises(ValueError, match="was written for tensor_parallel_size=2, running with 1"):
+        greedy_ids(converted, {})

@@ -7,6 +7,7 @@ here check their arguments, run the torch twin or call the Triton kernels of ``k
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -72,6 +73,12 @@ def gather_rows(
         _check_index("index", index, device)
     row = tables[0].shape[1:]
     out = _check_out(out, (requests.numel(), *row), tables[0].dtype, device)
+    views, unit = _unit_views([*tables, out])
+    if backend == "auto" and device.type == "cpu" and (len(tables) > 1 or index is not None) and _numba():
+        from tiered_memory import cpu_loops
+
+        if cpu_loops.gather_rows(views[:-1], code, index, views[-1]) < 0:
+            return out
     if device.type == "cpu":
         if index is not None:
             _check_range("index", index, code.numel(), "code")
@@ -81,14 +88,12 @@ def gather_rows(
     if _use_triton(backend, device):
         from tiered_memory import kernels
 
-        views, unit = _unit_views([*tables, out])
         host = [s for s, table in enumerate(tables) if not addressable(table, device)]
         kernels.gather_rows(views[:-1], code, index, views[-1], skipped=host, unit_bytes=unit)
         if host:
             wanted = code if index is None else code[index]
             _rows_by_source(views[:-1], wanted, views[-1], only=host)
         return out
-    views, _ = _unit_views([*tables, out])
     _rows_by_source(views[:-1], code if index is None else code[index], views[-1])
     return out
 
@@ -144,15 +149,20 @@ def gather_segments(
             f"needed: one row, {tuple(row)} {dtype} on {device}"
         )
     out = _check_out(out, (first.numel(), length, *row), dtype, device)
-    if device.type == "cpu":
-        _check_segments(tables, first, count, shift, length)
-    if out.numel() == 0:
-        return out
     flat_out = out.view(first.numel() * length, *row)
     windows = [*tables, flat_out] if fill is None else [*tables, flat_out, fill.contiguous().unsqueeze(0)]
     views, unit = _unit_views(windows)
     source_views, out_view = views[: len(tables)], views[len(tables)]
     fill_view = None if fill is None else views[-1]
+    if backend == "auto" and device.type == "cpu" and _numba():
+        from tiered_memory import cpu_loops
+
+        if cpu_loops.gather_segments(source_views, first, count, shift, length, fill_view, out_view) < 0:
+            return out
+    if device.type == "cpu":
+        _check_segments(tables, first, count, shift, length)
+    if out.numel() == 0:
+        return out
     if _use_triton(backend, device):
         from tiered_memory import kernels
 
@@ -201,6 +211,11 @@ def addressable(source: Tensor, device: torch.device) -> bool:
     return source.is_pinned()
 
 
+@cache
+def _numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
 def _use_triton(backend: Backend, device: torch.device) -> bool:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}; it must be 'auto', 'torch' or 'triton'")
@@ -211,25 +226,28 @@ def _check_sources(sources: Tensor | Sequence[Tensor]) -> list[Tensor]:
     tables = [sources] if isinstance(sources, Tensor) else list(sources)
     if not 1 <= len(tables) <= MAX_SOURCES:
         raise ValueError(f"sources has {len(tables)} tensors; it must have 1 to {MAX_SOURCES}")
-    first = tables[0]
+    row, dtype = tables[0].shape[1:], tables[0].dtype
     for s, table in enumerate(tables):
         if table.dim() == 0:
             raise ValueError(f"sources[{s}] is a scalar; it must be [rows, *row]")
-        if table.shape[1:] != first.shape[1:]:
+        if table.shape[1:] != row:
+            raise ValueError(f"sources[{s}] has rows {tuple(table.shape[1:])}, sources[0] has {tuple(row)}")
+        if table.dtype != dtype:
+            raise ValueError(f"sources[{s}] is {table.dtype}, sources[0] is {dtype}")
+        if not table.is_contiguous() and not _rows_contiguous(table):
             raise ValueError(
-                f"sources[{s}] has rows {tuple(table.shape[1:])}, sources[0] has {tuple(first.shape[1:])}"
+                f"sources[{s}] has strides {table.stride()}: each row must be contiguous (call .contiguous())"
             )
-        if table.dtype != first.dtype:
-            raise ValueError(f"sources[{s}] is {table.dtype}, sources[0] is {first.dtype}")
-        expected = 1
-        for size, stride in zip(reversed(table.shape[1:]), reversed(table.stride()[1:]), strict=True):
-            if size != 1 and stride != expected and table.numel():
-                raise ValueError(
-                    f"sources[{s}] has strides {table.stride()}: "
-                    "each row must be contiguous (call .contiguous())"
-                )
-            expected *= size
     return tables
+
+
+def _rows_contiguous(table: Tensor) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(table.shape[1:]), reversed(table.stride()[1:]), strict=True):
+        if size != 1 and stride != expected and table.numel():
+            return False
+        expected *= size
+    return True
 
 
 def _check_index(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -255,10 +273,13 @@ def _check_out(
 
 
 def _check_range(name: str, values: Tensor, limit: int, of: str) -> None:
-    bad = ((values < 0) | (values >= limit)).nonzero()
-    if bad.numel():
-        i = int(bad[0, 0])
-        raise IndexError(f"{name}[{i}] is {int(values[i])}, but {of} has {limit} entries")
+    if values.numel() == 0:
+        return
+    low, high = torch.aminmax(values)
+    if int(low) >= 0 and int(high) < limit:
+        return
+    i = int(((values < 0) | (values >= limit)).nonzero()[0, 0])
+    raise IndexError(f"{name}[{i}] is {int(values[i])}, but {of} has {limit} entries")
 
 
 def _check_codes(tables: list[Tensor], code: Tensor, name: str = "code", extra: Tensor | None = None) -> None:
@@ -267,7 +288,7 @@ def _check_codes(tables: list[Tensor], code: Tensor, name: str = "code", extra: 
         return
     if len(tables) == 1 and extra is None:
         low, high = torch.aminmax(code)
-        if low >= 0 and high < tables[0].shape[0]:
+        if int(low) >= 0 and int(high) < tables[0].shape[0]:
             return
     source, row = code >> SOURCE_SHIFT, code & ROW_MASK
     last = row if extra is None else row + extra
@@ -306,16 +327,18 @@ def _unit_views(tensors: list[Tensor]) -> tuple[list[Tensor], int]:
     """
     row_items = math.prod(tensors[0].shape[1:])
     item = tensors[0].element_size()
-    measures = [row_items * item]
-    for tensor in tensors:
-        measures += [tensor.stride(0) * item if tensor.shape[0] > 1 else 0, tensor.data_ptr()]
-    common = math.gcd(*measures, 16)
-    width, dtype = next((w, d) for w, d in _UNITS if common % w == 0)
+    strides = [tensor.stride(0) if tensor.shape[0] > 1 else row_items for tensor in tensors]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    common = math.gcd(row_items * item, *(stride * item for stride in strides), *addresses, 16)
+    width, unit = next((w, d) for w, d in _UNITS if common % w == 0)
     views = []
-    for tensor in tensors:
-        stride = tensor.stride(0) if tensor.shape[0] > 1 else row_items
-        flat = tensor.as_strided((tensor.shape[0], row_items), (stride, 1))
-        views.append(flat.view(torch.uint8).view(dtype) if item != width else flat.view(dtype))
+    for tensor, stride in zip(tensors, strides, strict=True):
+        flat = tensor
+        if tensor.dim() != 2 or tensor.stride() != (stride, 1):
+            flat = tensor.as_strided((tensor.shape[0], row_items), (stride, 1))
+        if tensor.dtype != unit:
+            flat = flat.view(unit) if item == width else flat.view(torch.uint8).view(unit)
+        views.append(flat)
     return views, 16 if common == 16 else width
 
 

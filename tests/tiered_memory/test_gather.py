@@ -18,7 +18,7 @@ DTYPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["auto", "torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
         if torch.cuda.is_available():
@@ -215,6 +215,20 @@ def test_tm07_errors_name_the_argument_and_both_values():
         gather_rows(x, torch.tensor([-1]))
     with pytest.raises(IndexError, match=r"index\[1\] is 4, but code has 4 entries"):
         gather_rows(x, code, torch.tensor([0, 4]))
+
+
+def test_tm07_tm09_a_bad_request_writes_nothing(backend: str):
+    x, out = torch.zeros(10, 4), torch.full((2, 4), 7.0)
+    with pytest.raises(IndexError, match=r"code\[1\] names row 10 of source 1"):
+        gather_rows([x, x], torch.tensor([0, row_code(1, torch.tensor(10))]), out=out, backend=backend)
+    with pytest.raises(IndexError, match=r"index\[1\] is -1"):
+        gather_rows(x, torch.tensor([0, 1]), torch.tensor([0, -1]), out=out, backend=backend)
+    windows = torch.full((2, 1, 4), 7.0)
+    ones, zeros = torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(IndexError, match=r"first\[1\] names rows 10 to 10 of source 0"):
+        gather_segments(x, torch.tensor([0, 10]), ones, zeros, 1, out=windows, backend=backend)
+    assert (out == 7).all()
+    assert (windows == 7).all()
 
 
 def test_tm09_errors():

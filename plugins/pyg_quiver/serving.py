@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import inspect
 import itertools
 import threading
 import time
@@ -16,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyg_quiver.backends.contract import Sampled
+from pyg_quiver.answering import Samplers, Setup
 from pyg_quiver.feature_store import QuiverFeatureStore
-from pyg_quiver.routing import EarliestFinishRouter, ThresholdRouter, require_routes
-from pyg_quiver.sampler import QuiverSampler
+from pyg_quiver.routing import CostModel, EarliestFinishRouter, ThresholdRouter, require_routes
 
 Router = ThresholdRouter | EarliestFinishRouter
 
 # Batches that wait at a route while it works: with more, requests would miss better routes.
 _BATCHES_AHEAD = 1
 _SMOOTHING = 0.2
+_MOST_CORRECTION = 4.0  # a batch that compiled or waited says little about the next
 
 
 class EngineOverloaded(RuntimeError):
@@ -47,6 +46,7 @@ class Response:
         psgs: predicted work of the request.
         queue_s: seconds from submission to the start of its batch.
         service_s: seconds from there to the answer.
+        degraded: sampled with the smaller fan-outs, because the engine was overloaded.
     """
 
     request_id: int
@@ -55,27 +55,19 @@ class Response:
     psgs: float
     queue_s: float
     service_s: float
+    degraded: bool = False
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Requests since the start. ``per_route`` counts the completed ones of each route."""
+    """Requests since the start; ``per_route`` and ``degraded`` count completed ones."""
 
     accepted: int
     rejected: int
     failed: int
     completed: int
     per_route: dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """What answers are made of. A batch uses one setup from start to end."""
-
-    model: Any
-    features: QuiverFeatureStore | Tensor
-    samplers: Mapping[str, QuiverSampler]
-    psgs: Tensor
+    degraded: int = 0
 
 
 @dataclass(order=True)
@@ -87,6 +79,16 @@ class _Request:
     psgs: float = field(compare=False)
     submitted: float = field(compare=False)
     future: Future[Response] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Requests that are answered together, what answers them, and their predicted work."""
+
+    requests: list[_Request]
+    setup: Setup
+    psgs: float
+    degraded: bool
 
 
 class InferenceEngine:
@@ -105,21 +107,28 @@ class InferenceEngine:
         max_wait_ms: how long the first request of a batch waits for others.
         max_queue: waiting requests; more are refused with :class:`EngineOverloaded`.
         deadline_ms: of every request, unless it brings its own; past it its Future gets a TimeoutError.
+        workers: threads of each route (1 where absent); more let CPU sampling use more cores.
+        degraded: samplers of the same routes with smaller fan-outs, used while requests would wait longer
+            than ``degrade_after_ms``. Such an answer says so, and ``infer(..., degraded=True)`` repeats it.
+        degrade_after_ms: predicted wait from which batches are degraded.
     """
 
     def __init__(
         self,
         model: Any,
         features: QuiverFeatureStore | Tensor,
-        samplers: QuiverSampler | Mapping[str, QuiverSampler],
+        samplers: Samplers,
         *,
         router: Router | None = None,
         max_batch_psgs: float = 50_000.0,
         max_wait_ms: float = 1.0,
         max_queue: int = 4096,
         deadline_ms: float | None = None,
+        workers: Mapping[str, int] | None = None,
+        degraded: Samplers | None = None,
+        degrade_after_ms: float = 5.0,
     ) -> None:
-        self._setup = _make_setup(model, features, samplers)
+        self._setup = Setup.make(model, features, samplers, degraded)
         routes = list(self._setup.samplers)
         if router is None and len(routes) > 1:
             raise ValueError(f"samplers has routes {', '.join(routes)}: pass a router")
@@ -129,7 +138,11 @@ class InferenceEngine:
             raise ValueError(
                 "max_queue must be at least 1, max_batch_psgs positive, max_wait_ms not negative"
             )
+        count = dict.fromkeys(routes, 1) | dict(workers or {})
+        if set(count) != set(routes) or min(count.values()) < 1:
+            raise ValueError(f"workers is {workers}; it must give at least 1 for some of {', '.join(routes)}")
         self._router = router
+        self._degrade_after_s = degrade_after_ms / 1e3
         self._max_batch_psgs = max_batch_psgs
         self._max_wait_s = max_wait_ms / 1e3
         self._max_queue = max_queue
@@ -140,10 +153,11 @@ class InferenceEngine:
         self._number = itertools.count()
         self._accepting, self._stopping = True, False
         self._in_flight: dict[int, _Request] = {}
-        self._accepted = self._rejected = self._failed = self._completed = 0
+        self._accepted = self._rejected = self._failed = self._completed = self._degraded = 0
+        self._waiting_psgs = 0.0
         self._per_route = dict.fromkeys(routes, 0)
         self._second_per_psgs = 1e-7
-        self._lanes = {route: _Lane(self, route) for route in routes}
+        self._lanes = [_Lane(self, route, i) for route in routes for i in range(count[route])]
         self._dispatcher = threading.Thread(target=self._dispatch, name="pyg_quiver-dispatch", daemon=True)
         self._dispatcher.start()
 
@@ -167,7 +181,7 @@ class InferenceEngine:
         """
         node = torch.as_tensor(node, dtype=torch.int64).cpu()
         setup = self._setup
-        _check_request(node, setup.psgs.numel())
+        setup.check(node)
         psgs = float(setup.psgs[node].sum())
         limit = self._deadline_s if deadline_ms is None else deadline_ms / 1e3
         now = time.perf_counter()
@@ -175,8 +189,7 @@ class InferenceEngine:
             self.check()
             if len(self._queue) >= self._max_queue:
                 self._rejected += 1
-                waiting = sum(request.psgs for request in self._queue)
-                retry = max(waiting * self._second_per_psgs / len(self._lanes), 1e-3)
+                retry = max(self._backlog_s(), 1e-3)
                 raise EngineOverloaded(
                     f"{len(self._queue)} requests are waiting (max_queue); retry in {retry:.3f} s", retry
                 )
@@ -187,40 +200,43 @@ class InferenceEngine:
             )  # fmt: skip
             self._accepted += 1
             self._queue.append(request)
+            self._waiting_psgs += psgs
             if limit is not None:
                 heapq.heappush(self._deadlines, request)
             self._changed.notify_all()
         return request.future
 
-    def infer(self, node: Tensor, *, request_id: int = 0) -> Tensor:
+    def infer(self, node: Tensor, *, request_id: int = 0, degraded: bool = False) -> Tensor:
         """The answer that :meth:`submit` would give, computed here and now: ``[len(node), C]``."""
         node = torch.as_tensor(node, dtype=torch.int64).cpu()
-        setup = self._setup
-        _check_request(node, setup.psgs.numel())
-        route = next(iter(setup.samplers))
-        return _answer(setup, route, node, torch.zeros_like(node), [request_id])
+        setup = self._setup.degraded if degraded else self._setup
+        if setup is None:
+            raise ValueError("degraded=True, but the engine has no degraded samplers")
+        setup.check(node)
+        return setup.answer(next(iter(setup.samplers)), node, torch.zeros_like(node), [request_id])
 
     def check(self) -> None:
         """Raise RuntimeError if the engine is closed or all its workers died."""
         if not self._accepting:
             raise RuntimeError("InferenceEngine is closed")
-        if all(lane.dead for lane in self._lanes.values()):
-            names = ", ".join(lane.name for lane in self._lanes.values())
+        if all(lane.dead for lane in self._lanes):
+            names = ", ".join(lane.name for lane in self._lanes)
             raise RuntimeError(f"all workers died: {names}")
 
     def stats(self) -> EngineStats:
         """Counts of requests so far."""
         with self._changed:
             return EngineStats(
-                self._accepted, self._rejected, self._failed, self._completed, dict(self._per_route)
-            )
+                self._accepted, self._rejected, self._failed, self._completed, dict(self._per_route),
+                self._degraded,
+            )  # fmt: skip
 
     def reload(
         self,
         *,
         model: Any = None,
         features: QuiverFeatureStore | Tensor | None = None,
-        samplers: QuiverSampler | Mapping[str, QuiverSampler] | None = None,
+        samplers: Samplers | None = None,
     ) -> None:
         """Replace model, features or graph without dropping a request: later batches use the new ones.
 
@@ -228,12 +244,7 @@ class InferenceEngine:
             ValueError: samplers of other routes.
         """
         old = self._setup
-        new = _make_setup(
-            old.model if model is None else model,
-            old.features if features is None else features,
-            old.samplers if samplers is None else samplers,
-            None if samplers is not None else old.psgs,
-        )
+        new = old.changed(model, features, samplers)
         if set(new.samplers) != set(old.samplers):
             raise ValueError(f"samplers has routes {sorted(new.samplers)}, the engine {sorted(old.samplers)}")
         self._setup = new
@@ -252,11 +263,12 @@ class InferenceEngine:
             self._stopping = True
             refused = [*self._queue, *self._in_flight.values()]
             self._queue.clear()
+            self._waiting_psgs = 0.0
             self._changed.notify_all()
         for request in refused:
             self._fail(request, RuntimeError("InferenceEngine is closed"))
         self._dispatcher.join()
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             lane.stop(timeout_s)
 
     def __enter__(self) -> InferenceEngine:
@@ -272,11 +284,9 @@ class InferenceEngine:
             with self._changed:
                 self._changed.wait_for(self._something_to_do, self._seconds_to_deadline())
                 expired = self._expired()
-                batch: list[_Request] = []
-                if self._stopping and not self._queue:
-                    stop = True
-                else:
-                    stop = False
+                batch: _Batch | None = None
+                stop = self._stopping and not self._queue
+                if not stop:
                     batch = self._next_batch()
             for request in expired:
                 self._fail(request, TimeoutError(f"request {request.request_id} missed its deadline"))
@@ -288,7 +298,11 @@ class InferenceEngine:
     def _something_to_do(self) -> bool:
         if self._stopping or (self._deadlines and self._deadlines[0].deadline <= time.perf_counter()):
             return True
-        return bool(self._queue) and any(lane.has_room for lane in self._lanes.values())
+        return bool(self._queue) and any(lane.has_room for lane in self._lanes)
+
+    def _backlog_s(self) -> float:
+        """Predicted seconds until what is waiting now has been served."""
+        return self._waiting_psgs * self._second_per_psgs / len(self._lanes)
 
     def _seconds_to_deadline(self) -> float | None:
         return max(self._deadlines[0].deadline - time.perf_counter(), 0.0) if self._deadlines else None
@@ -302,84 +316,110 @@ class InferenceEngine:
         if out:
             gone = {id(request) for request in out}
             self._queue = deque(request for request in self._queue if id(request) not in gone)
+            self._waiting_psgs = sum(request.psgs for request in self._queue)
         return out
 
-    def _next_batch(self) -> list[_Request]:
+    def _next_batch(self) -> _Batch | None:
         """Take requests up to the work of a batch, waiting a little for more; called with the lock held."""
         while self._queue and self._queue[0].future.done():
-            _acknowledge(self._queue.popleft())
-        if not self._queue or not any(lane.has_room for lane in self._lanes.values()):
-            return []
+            _acknowledge(self._take_first())
+        if not self._queue or not any(lane.has_room for lane in self._lanes):
+            return None
         ready_at = self._queue[0].submitted + self._max_wait_s
         self._changed.wait_for(
-            lambda: self._stopping or sum(request.psgs for request in self._queue) >= self._max_batch_psgs,
+            lambda: self._stopping or self._waiting_psgs >= self._max_batch_psgs,
             max(ready_at - time.perf_counter(), 0.0),
         )
-        batch: list[_Request] = []
-        work = 0.0
-        while self._queue and (not batch or work + self._queue[0].psgs <= self._max_batch_psgs):
-            request = self._queue.popleft()
+        setup, work = self._setup, 0.0
+        degraded = setup.degraded is not None and self._backlog_s() > self._degrade_after_s
+        if degraded:
+            setup = setup.degraded  # type: ignore[assignment]
+        requests: list[_Request] = []
+        while self._queue:
+            first = self._queue[0]
+            psgs = float(setup.psgs[first.node].sum()) if degraded else first.psgs
+            if requests and work + psgs > self._max_batch_psgs:
+                break
+            request = self._take_first()
             if request.future.done():
                 _acknowledge(request)
                 continue
-            batch.append(request)
-            work += request.psgs
-        self._in_flight.update((request.number, request) for request in batch)
-        return batch
+            requests.append(request)
+            work += psgs
+        self._in_flight.update((request.number, request) for request in requests)
+        return _Batch(requests, setup, work, degraded) if requests else None
 
-    def _send(self, batch: list[_Request]) -> None:
-        alive = {route: lane for route, lane in self._lanes.items() if not lane.dead}
+    def _take_first(self) -> _Request:
+        request = self._queue.popleft()
+        self._waiting_psgs = self._waiting_psgs - request.psgs if self._queue else 0.0
+        return request
+
+    def _send(self, batch: _Batch) -> None:
+        alive = [lane for lane in self._lanes if not lane.dead]
         if not alive:
             self._finish_batch(batch, RuntimeError("all workers died"))
             return
-        work = sum(request.psgs for request in batch)
-        if self._router is None:
-            route = next(iter(alive))
-        else:
-            free_at = {route: lane.free_at for route, lane in alive.items()}
-            route = self._router.choose(work, time.perf_counter(), free_at)
-        lane = alive.get(route) or next(iter(alive.values()))
-        lane.put(batch, work, self._predict(lane.route, work))
+        first_free: dict[str, _Lane] = {}
+        for lane in alive:
+            if lane.route not in first_free or lane.free_at < first_free[lane.route].free_at:
+                first_free[lane.route] = lane
+        route = next(iter(first_free))
+        if self._router is not None:
+            free_at = {name: lane.free_at for name, lane in first_free.items()}
+            route = self._router.choose(batch.psgs, time.perf_counter(), free_at)
+        lane = first_free.get(route) or next(iter(first_free.values()))
+        lane.put(batch, self._predict(lane.route, batch.psgs))
 
     def _predict(self, route: str, work: float) -> float:
         if isinstance(self._router, EarliestFinishRouter):
             return self._router.cost[route].predict(work)
         return work * self._second_per_psgs
 
+    def _learn(self, route: str, batch: _Batch, predicted: float, seconds: float) -> None:
+        """Correct predictions by what a batch really took; called with the lock held."""
+        if batch.psgs:
+            self._second_per_psgs += _SMOOTHING * (seconds / batch.psgs - self._second_per_psgs)
+        if isinstance(self._router, EarliestFinishRouter) and predicted > 0:
+            factor = 1 + _SMOOTHING * (min(seconds / predicted, _MOST_CORRECTION) - 1)
+            model = self._router.cost[route]
+            corrected = CostModel(model.intercept_s * factor, model.slope_s * factor)
+            self._router = EarliestFinishRouter({**self._router.cost, route: corrected})
+
     # Results.
 
-    def _run(self, lane: _Lane, batch: list[_Request]) -> None:
-        setup, started = self._setup, time.perf_counter()
+    def _run(self, lane: _Lane, batch: _Batch, predicted: float) -> None:
+        started = time.perf_counter()
         running = []
-        for request in batch:
+        for request in batch.requests:
             if request.future.done() or not request.future.set_running_or_notify_cancel():
                 continue
             running.append(request)
-        if running:
-            node = torch.cat([request.node for request in running])
-            sizes = torch.tensor([request.node.numel() for request in running])
-            group = torch.repeat_interleave(torch.arange(len(running)), sizes)
-            output = _answer(setup, lane.route, node, group, [request.request_id for request in running])
-            done = time.perf_counter()
-            for request, part in zip(running, output.split(sizes.tolist()), strict=True):
-                self._resolve(request, lane.route, part, started, done)
+        if not running:
+            return
+        node = torch.cat([request.node for request in running])
+        sizes = torch.tensor([request.node.numel() for request in running])
+        group = torch.repeat_interleave(torch.arange(len(running)), sizes)
+        keys = [request.request_id for request in running]
+        output = batch.setup.answer(lane.route, node, group, keys)
+        done = time.perf_counter()
+        for request, part in zip(running, output.split(sizes.tolist()), strict=True):
+            response = Response(
+                request.request_id, part, lane.route, request.psgs, started - request.submitted,
+                done - started, batch.degraded,
+            )  # fmt: skip
+            self._resolve(request, response)
         with self._changed:
-            work = sum(request.psgs for request in batch)
-            if work:
-                seconds = (time.perf_counter() - started) / work
-                self._second_per_psgs += _SMOOTHING * (seconds - self._second_per_psgs)
+            self._learn(lane.route, batch, predicted, time.perf_counter() - started)
 
-    def _resolve(self, request: _Request, route: str, output: Tensor, started: float, done: float) -> None:
-        response = Response(
-            request.request_id, output, route, request.psgs, started - request.submitted, done - started
-        )
+    def _resolve(self, request: _Request, response: Response) -> None:
         try:
             request.future.set_result(response)
         except InvalidStateError:  # its deadline passed while it ran
             return
         with self._changed:
             self._completed += 1
-            self._per_route[route] += 1
+            self._degraded += response.degraded
+            self._per_route[response.route] += 1
 
     def _fail(self, request: _Request, error: BaseException) -> None:
         try:
@@ -389,29 +429,28 @@ class InferenceEngine:
         with self._changed:
             self._failed += 1
 
-    def _finish_batch(self, batch: list[_Request], error: BaseException | None = None) -> None:
+    def _finish_batch(self, batch: _Batch, error: BaseException | None = None) -> None:
         if error is not None:
-            for request in batch:
+            for request in batch.requests:
                 if not request.future.cancelled():
                     self._fail(request, error)
         with self._changed:
-            for request in batch:
+            for request in batch.requests:
                 self._in_flight.pop(request.number, None)
             self._changed.notify_all()
 
 
 class _Lane:
-    """One route: a thread that runs batches in order."""
+    """A worker of one route: a thread that runs batches in order."""
 
-    def __init__(self, engine: InferenceEngine, route: str) -> None:
+    def __init__(self, engine: InferenceEngine, route: str, number: int) -> None:
         self.route = route
-        self.name = f"pyg_quiver-{route}"
+        self.name = f"pyg_quiver-{route}" + (f"-{number}" if number else "")
         self.free_at = 0.0
         self.dead = False
         self._engine = engine
-        self._batches: deque[tuple[list[_Request], float] | None] = deque()
+        self._batches: deque[tuple[_Batch, float] | None] = deque()
         self._ready = threading.Condition()
-        self._busy = False
         self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._thread.start()
 
@@ -420,7 +459,7 @@ class _Lane:
         """Whether a batch sent now would start next."""
         return not self.dead and len(self._batches) < _BATCHES_AHEAD
 
-    def put(self, batch: list[_Request], work: float, seconds: float) -> None:
+    def put(self, batch: _Batch, seconds: float) -> None:
         with self._ready:
             self.free_at = max(self.free_at, time.perf_counter()) + seconds
             self._batches.append((batch, seconds))
@@ -432,7 +471,7 @@ class _Lane:
             self._ready.notify()
         self._thread.join(timeout_s)
 
-    def _take(self) -> tuple[list[_Request], float] | None:
+    def _take(self) -> tuple[_Batch, float] | None:
         with self._ready:
             self._ready.wait_for(lambda: bool(self._batches))
             item = self._batches.popleft()
@@ -442,10 +481,10 @@ class _Lane:
 
     def _work(self) -> None:
         while (item := self._take()) is not None:
-            batch, _ = item
+            batch, predicted = item
             error: BaseException | None = None
             try:
-                self._engine._run(self, batch)
+                self._engine._run(self, batch, predicted)
             except Exception as problem:
                 error = problem
             except BaseException as problem:
@@ -464,61 +503,7 @@ class _Lane:
                 self._engine._finish_batch(left[0], RuntimeError(f"worker {self.name} died"))
 
 
-def _make_setup(
-    model: Any,
-    features: QuiverFeatureStore | Tensor,
-    samplers: QuiverSampler | Mapping[str, QuiverSampler],
-    psgs: Tensor | None = None,
-) -> _Setup:
-    if isinstance(samplers, QuiverSampler):
-        samplers = {"gpu" if samplers.mode != "cpu" else "cpu": samplers}
-    if not samplers:
-        raise ValueError("samplers is empty: pass a QuiverSampler or a mapping from route to sampler")
-    if psgs is None:
-        psgs = next(iter(samplers.values())).psgs().cpu()
-    return _Setup(model, features, dict(samplers), psgs)
-
-
 def _acknowledge(request: _Request) -> None:
     """Tell those who wait for a cancelled request."""
     if request.future.cancelled():
         request.future.set_running_or_notify_cancel()
-
-
-def _check_request(node: Tensor, num_nodes: int) -> None:
-    if node.dim() != 1 or node.numel() == 0:
-        raise ValueError(f"node is {tuple(node.shape)}; it must be one or more node ids, [n]")
-    low, high = (int(bound) for bound in torch.aminmax(node))
-    if low < 0 or high >= num_nodes:
-        raise IndexError(f"node {low if low < 0 else high} is out of range [0, {num_nodes})")
-
-
-def _answer(setup: _Setup, route: str, node: Tensor, group: Tensor, keys: list[int]) -> Tensor:
-    """Outputs of the seeds, on the CPU: sample every group, read each distinct row once, run the model."""
-    sampled = setup.samplers[route].sample_groups(node, group, keys)
-    x = _rows(setup.features, sampled.node)
-    edge_index = torch.stack([sampled.row, sampled.col]).to(x.device)
-    with torch.inference_mode():
-        out = setup.model(x, edge_index, **_hop_arguments(setup.model, sampled))
-    return out[: node.numel()].float().cpu()
-
-
-def _rows(features: QuiverFeatureStore | Tensor, node: Tensor) -> Tensor:
-    distinct, inverse = node.unique(return_inverse=True)
-    if isinstance(features, Tensor):
-        return features[distinct.to(features.device)][inverse.to(features.device)]
-    rows = features.get_tensor(group_name=None, attr_name="x", index=distinct)
-    return rows[inverse.to(rows.device)]
-
-
-def _hop_arguments(model: Any, sampled: Sampled) -> dict[str, list[int]]:
-    forward = getattr(model, "forward", model)
-    try:
-        names = inspect.signature(forward).parameters
-    except (TypeError, ValueError):
-        return {}
-    given = {
-        "num_sampled_nodes_per_hop": sampled.nodes_per_hop,
-        "num_sampled_edges_per_hop": sampled.edges_per_hop,
-    }
-    return {name: value for name, value in given.items() if name in names}

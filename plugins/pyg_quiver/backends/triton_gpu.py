@@ -1,8 +1,11 @@
 """GPU sampler in Triton: the graph in GPU memory, or its edges in pinned host memory read in place.
 
-A hop is five kernels and two prefix sums. Nodes are numbered by the smallest edge that names them (an atomic
+A hop is four kernels and two prefix sums. Nodes are numbered by the smallest edge that names them (an atomic
 minimum), so that the result does not depend on the order in which threads run. Buffers are allocated for the
-most edges there can be and counts stay on the device, so that a batch waits for the GPU once, at its end.
+most edges there can be and counts stay on the device, so that a batch waits for the GPU once, at its end, and
+the launches of a batch shape can be replayed as one CUDA graph.
+
+A node of group g is entered as the key ``g * N + v``, so that groups never meet.
 """
 
 # Jitted functions take no annotations but constexpr, and every argument by position.
@@ -13,7 +16,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyg_quiver.backends.contract import Draws, Frontier, Graph, Sampled
 from pyg_quiver.backends.hops import sample_one_type
@@ -28,6 +34,9 @@ from pyg_quiver.backends.torch_ops import TorchBackend, TorchTable
 
 MAX_FANOUT = 32  # a program holds the draws of a node in registers, and compiling grows with their number
 MAX_BUFFER = 1 << 28  # edges; batches that might need more are sampled hop by hop, to exact sizes
+MAX_MAP = 1 << 28  # entries (4 bytes) of the map from key to position; more groups are sampled hop by hop
+MAX_CAPTURED = 1 << 21  # edges; beyond, launching takes no share worth saving and buffers are large
+CAPTURED_SHAPES = 24  # batch shapes kept as CUDA graphs, by graph and thread
 
 _UNSEEN = tl.constexpr(2**31 - 1)
 _SEEN = tl.constexpr(-(2**31))  # a node with position p is entered as p + _SEEN, below every edge number
@@ -48,47 +57,55 @@ def _or(a, b):
     return a | b
 
 
-@triton.jit
-def _seed_kernel(slot_ptr, node_ptr, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_nodes"])
+def _seed_kernel(
+    slot_ptr, node_ptr, seed_ptr, group_ptr, ends_ptr, num_nodes, GROUPED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Enter the seeds; a repeated seed keeps its first position."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < count
-    v = tl.load(node_ptr + i, mask=live, other=0)
-    tl.atomic_min(slot_ptr + v, i + _SEEN, mask=live)
+    live = i < tl.load(ends_ptr + 1)
+    key = tl.load(seed_ptr + i, mask=live, other=0)
+    if GROUPED:
+        key += tl.load(group_ptr + i, mask=live, other=0) * num_nodes
+    tl.store(node_ptr + i, key, mask=live)
+    tl.atomic_min(slot_ptr + key, i + _SEEN, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hop", "bound", "fanout", "num_nodes"])
 def _plan_kernel(
-    colptr_ptr, node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, hop, bound,
-    FANOUT: tl.constexpr, REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+    colptr_ptr, node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, hop, bound, fanout, num_nodes,
+    REPLACE: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First edge, degree and number of draws of each frontier node; 0 draws beyond the frontier."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.load(ends_ptr + hop)
     live = i < tl.load(ends_ptr + hop + 1) - begin
     v = tl.load(node_ptr + begin + i, mask=live, other=0)
+    if GROUPED:
+        v = v % num_nodes
     start = tl.load(colptr_ptr + v, mask=live, other=0)
     degree = tl.load(colptr_ptr + v + 1, mask=live, other=0) - start
     if REPLACE:
-        count = tl.where(degree > 0, FANOUT, 0)
+        count = tl.where(degree > 0, fanout, 0)
     else:
-        count = tl.minimum(degree, FANOUT)
+        count = tl.minimum(degree, fanout)
     inside = i < bound
     tl.store(start_ptr + i, start, mask=inside)
     tl.store(degree_ptr + i, degree, mask=inside)
     tl.store(count_ptr + i, tl.where(live, count, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hop", "bound", "fanout", "num_nodes"])
 def _draw_kernel(
     row_ptr, node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, offset_ptr, stream_ptr, group_ptr,
-    edge_ptr, col_ptr, local_ptr, slot_ptr, hop, base_ptr, bound,
-    FANOUT: tl.constexpr, WIDTH: tl.constexpr, REPLACE: tl.constexpr, GROUPED: tl.constexpr,
-    CLAIM: tl.constexpr, BLOCK: tl.constexpr,
+    edge_ptr, col_ptr, local_ptr, slot_ptr, base_ptr, hop, bound, fanout, num_nodes,
+    WIDTH: tl.constexpr, REPLACE: tl.constexpr, GROUPED: tl.constexpr, CLAIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Draw the edges of BLOCK frontier nodes and read their sources; with CLAIM also enter those.
 
-    Draw s of a node: t = u(s, j + 1) with j = degree - FANOUT + s, or j where t was drawn before (Floyd).
+    Draw s of a node: t = u(s, j + 1) with j = degree - fanout + s, or j where t was drawn before (Floyd).
+    With CLAIM nodes and sources are keys, without it plain nodes whose groups are in ``group_ptr``.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < bound
@@ -98,21 +115,28 @@ def _draw_kernel(
     degree = tl.load(degree_ptr + i, mask=live, other=0)
     start = tl.load(start_ptr + i, mask=live, other=0)
     v = tl.load(node_ptr + begin + i, mask=live, other=0)
+    first_key = tl.zeros_like(v)
     if GROUPED:
-        group = tl.load(group_ptr + begin + i, mask=live, other=0)
+        if CLAIM:
+            group = v // num_nodes
+            first_key = group * num_nodes
+            v = v - first_key
+        else:
+            group = tl.load(group_ptr + begin + i, mask=live, other=0)
         stream = tl.load(stream_ptr + group, mask=live, other=0).to(tl.uint64)
     else:
         stream = tl.load(stream_ptr).to(tl.uint64)
     key = _mix(stream ^ _mix(((v << 8) | hop).to(tl.uint64)))
     step = tl.arange(0, WIDTH)
     picks = tl.broadcast_to(step[None, :], (BLOCK, WIDTH)).to(tl.int64)
-    drawn = live if REPLACE else degree > FANOUT
-    for s in tl.static_range(FANOUT):
-        random = _mix(key + ((s * _GOLDEN) & 0xFFFFFFFFFFFFFFFF)) >> 32
+    drawn = live if REPLACE else degree > fanout
+    for s in range(fanout):
+        random = _mix(key) >> 32
+        key += _GOLDEN
         if REPLACE:
             value = ((random * degree.to(tl.uint64)) >> 32).to(tl.int64)
         else:
-            last = degree - FANOUT + s
+            last = degree - fanout + s
             limit = tl.where(drawn, last + 1, 1)
             value = ((random * limit.to(tl.uint64)) >> 32).to(tl.int64)
             before = (picks == value[:, None]) & (step[None, :] < s)
@@ -124,7 +148,7 @@ def _draw_kernel(
     keep = step[None, :] < count[:, None]
     at = tl.load(offset_ptr + i, mask=live, other=0) - count
     place = tl.load(base_ptr + hop) + at[:, None] + step[None, :]
-    source = tl.load(row_ptr + edge, mask=keep, other=0).to(tl.int64)
+    source = tl.load(row_ptr + edge, mask=keep, other=0).to(tl.int64) + first_key[:, None]
     tl.store(edge_ptr + place, edge, mask=keep)
     tl.store(col_ptr + place, tl.broadcast_to((begin + i)[:, None], (BLOCK, WIDTH)), mask=keep)
     tl.store(local_ptr + place, source, mask=keep)
@@ -133,7 +157,7 @@ def _draw_kernel(
         tl.atomic_min(slot_ptr + source, order, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hop", "frontier", "bound"])
 def _flag_kernel(
     local_ptr, slot_ptr, flag_ptr, base_ptr, offset_ptr, hop, frontier, bound, BLOCK: tl.constexpr
 ):
@@ -149,7 +173,7 @@ def _flag_kernel(
         tl.store(base_ptr + hop + 1, base + total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hop", "bound"])
 def _enter_kernel(
     local_ptr, slot_ptr, flag_ptr, rank_ptr, node_ptr, ends_ptr, base_ptr, hop, bound, BLOCK: tl.constexpr
 ):
@@ -165,35 +189,39 @@ def _enter_kernel(
         tl.store(ends_ptr + hop + 2, count + tl.load(rank_ptr + bound - 1))
 
 
-@triton.jit
-def _number_kernel(local_ptr, slot_ptr, base_ptr, hop, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["hops"])
+def _number_kernel(local_ptr, slot_ptr, base_ptr, hops, BLOCK: tl.constexpr):
     """Replace sources by their positions."""
-    base = tl.load(base_ptr + hop)
-    i = base + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < tl.load(base_ptr + hop + 1)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < tl.load(base_ptr + hops)
     source = tl.load(local_ptr + i, mask=live, other=0)
     position = tl.load(slot_ptr + source, mask=live, other=0).to(tl.int64) - _SEEN
     tl.store(local_ptr + i, position, mask=live)
 
 
-@triton.jit
-def _reset_kernel(slot_ptr, node_ptr, ends_ptr, hops, BLOCK: tl.constexpr):
-    """Leave the map as it was found."""
+@triton.jit(do_not_specialize=["hops", "num_nodes"])
+def _reset_kernel(
+    slot_ptr, node_ptr, group_ptr, ends_ptr, hops, num_nodes, GROUPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Leave the map as it was found; turn keys into nodes and groups."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < tl.load(ends_ptr + hops + 1)
-    v = tl.load(node_ptr + i, mask=live, other=0)
-    tl.store(slot_ptr + v, _UNSEEN, mask=live)
+    key = tl.load(node_ptr + i, mask=live, other=0)
+    tl.store(slot_ptr + key, _UNSEEN, mask=live)
+    if GROUPED:
+        tl.store(node_ptr + i, key % num_nodes, mask=live)
+        tl.store(group_ptr + i, key // num_nodes, mask=live)
 
 
 _local = threading.local()
 
 
-def _slot_map(num_nodes: int, device: torch.device) -> Tensor:
-    """This thread's int32 map from node to position, all unseen between calls."""
+def _slot_map(size: int, device: torch.device) -> Tensor:
+    """This thread's int32 map from key to position, ``size`` entries or more, all unseen between calls."""
     maps = _local.__dict__.setdefault("maps", {})
-    if (num_nodes, device) not in maps:
-        maps[num_nodes, device] = torch.full((num_nodes,), _UNSEEN.value, dtype=torch.int32, device=device)
-    return maps[num_nodes, device]
+    if device not in maps or maps[device].numel() < size:
+        maps[device] = torch.full((size,), _UNSEEN.value, dtype=torch.int32, device=device)
+    return maps[device]
 
 
 def _launch(kernel: Any, work: int, block: int, *arguments: Any, **constants: Any) -> None:
@@ -210,13 +238,37 @@ def _check_device(device: torch.device) -> None:
         raise RuntimeError("backend='triton' on the CPU needs TRITON_INTERPRET=1 before Triton is imported")
 
 
-def _bounds(seeds: int, fanouts: Sequence[int], num_nodes: int) -> list[tuple[int, int]]:
-    """Most frontier nodes and edges of each hop."""
-    bounds, frontier = [], seeds
-    for fanout in fanouts:
-        bounds.append((frontier, frontier * fanout))
-        frontier = min(frontier * fanout, num_nodes)
-    return bounds
+@dataclass(frozen=True)
+class _Shape:
+    """Upper bounds of a batch, and how it is drawn."""
+
+    seeds: int
+    groups: int
+    fanouts: tuple[int, ...]
+    replace: bool
+    num_nodes: int
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """Most frontier nodes and edges of each hop."""
+        bounds, frontier = [], self.seeds
+        for fanout in self.fanouts:
+            bounds.append((frontier, frontier * fanout))
+            frontier = min(frontier * fanout, self.num_nodes * self.groups)
+        return bounds
+
+    @property
+    def edges(self) -> int:
+        """Most edges of the batch."""
+        return sum(edges for _, edges in self.bounds())
+
+    def rounded_up(self) -> _Shape:
+        """The shape whose captured launches serve this one: few shapes, and never four times too large."""
+        groups = 1 if self.groups == 1 else _power_of_four(self.groups)
+        return _Shape(_power_of_four(self.seeds), groups, self.fanouts, self.replace, self.num_nodes)
+
+
+def _power_of_four(count: int) -> int:
+    return 1 << (max(count - 1, 0).bit_length() + 1) // 2 * 2
 
 
 def sample(graph: Graph, seeds: Frontier, fanouts: Sequence[int], draws: Draws) -> Sampled:
@@ -224,77 +276,157 @@ def sample(graph: Graph, seeds: Frontier, fanouts: Sequence[int], draws: Draws) 
     device = graph.colptr.device
     _check_device(device)
     num_nodes = max(graph.colptr.numel() - 1, graph.num_src_nodes)
-    usable = all(0 < fanout <= MAX_FANOUT for fanout in fanouts) and seeds.node.numel() > 0
-    bounds = _bounds(seeds.node.numel(), fanouts, num_nodes) if usable else []
-    single = draws.streams.numel() == 1 and draws.group_time is None
-    if not bounds or not single or graph.row.numel() == 0 or sum(edges for _, edges in bounds) > MAX_BUFFER:
+    shape = _Shape(seeds.node.numel(), draws.streams.numel(), tuple(fanouts), draws.replace, num_nodes)
+    usable = shape.seeds > 0 and graph.row.numel() > 0 and draws.group_time is None
+    usable = usable and all(0 < fanout <= MAX_FANOUT for fanout in fanouts)
+    if not usable or shape.edges > MAX_BUFFER or shape.groups * num_nodes > MAX_MAP:
         return sample_one_type(TritonBackend(), graph, seeds, fanouts, draws)
-    return _sample_at_once(graph, seeds, fanouts, draws, bounds)
+    if device.type == "cpu":
+        return _Batch(graph, shape).run(seeds, draws)
+    with torch.cuda.device(device):
+        rounded = shape.rounded_up()
+        if rounded.edges > MAX_CAPTURED or rounded.groups * num_nodes > MAX_MAP:
+            return _Batch(graph, shape).run(seeds, draws)
+        return _captured(graph, rounded).run(seeds, draws)
 
 
-def _sample_at_once(
-    graph: Graph, seeds: Frontier, fanouts: Sequence[int], draws: Draws, bounds: list[tuple[int, int]]
-) -> Sampled:
-    device, count, hops = graph.colptr.device, seeds.node.numel(), len(fanouts)
-    num_nodes = max(graph.colptr.numel() - 1, graph.num_src_nodes)
-    slot = _slot_map(num_nodes, device)
-    edges = sum(bound for _, bound in bounds)
-    node = torch.empty(min(count + edges, num_nodes + count), dtype=torch.int64, device=device)
-    node[:count] = seeds.node
-    edge, col, local = (torch.empty(edges, dtype=torch.int64, device=device) for _ in range(3))
-    # The frontier of hop h is node[ends[h] : ends[h + 1]], its edges begin at base[h].
-    ends = torch.zeros(hops + 2, dtype=torch.int64, device=device)
-    ends[1] = count
-    base = torch.zeros(hops + 1, dtype=torch.int64, device=device)
-    _launch(_seed_kernel, count, _BLOCK, slot, node, count)
-    for hop, (fanout, (frontier, bound)) in enumerate(zip(fanouts, bounds, strict=True)):
-        start, degree, drawn = (torch.empty(frontier, dtype=torch.int64, device=device) for _ in range(3))
+def _captured(graph: Graph, shape: _Shape) -> _Batch:
+    """This thread's batch of a shape; the graph is not kept alive by it."""
+    by_graph = _local.__dict__.setdefault("batches", WeakIdKeyDictionary())
+    batches = by_graph.setdefault(graph, OrderedDict())
+    if shape in batches:
+        batches.move_to_end(shape)
+        return batches[shape]
+    batch = _Batch(graph, shape)
+    batch.capture(graph)
+    batches[shape] = batch
+    if len(batches) > CAPTURED_SHAPES:
+        batches.popitem(last=False)
+    return batch
+
+
+class _Batch:
+    """Device buffers of one batch shape and the launches that fill them."""
+
+    def __init__(self, graph: Graph, shape: _Shape) -> None:
+        device = graph.colptr.device
+        self.shape = shape
+        self._graph: Graph | None = graph
+        self._recorded: torch.cuda.CUDAGraph | None = None
+        self._free: torch.cuda.Event | None = None
+
+        def empty(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        bounds = shape.bounds()
+        frontier = max((nodes for nodes, _ in bounds), default=0)
+        widest = max((edges for _, edges in bounds), default=0)
+        most = min(shape.seeds + shape.edges, shape.num_nodes * shape.groups + shape.seeds)
+        self.slot = _slot_map(shape.groups * shape.num_nodes, device)
+        self.seed, self.seed_group = empty(shape.seeds), empty(shape.seeds)
+        self.streams = empty(shape.groups)
+        self.node, self.group = empty(most), empty(most if shape.groups > 1 else 1)
+        self.edge, self.col, self.local = (empty(shape.edges) for _ in range(3))
+        self.start, self.degree, self.drawn, self.offset = (empty(frontier) for _ in range(4))
+        self.flag, self.rank = empty(widest, torch.int32), empty(widest)
+        # The frontier of hop h is node[ends[h] : ends[h + 1]], its edges begin at base[h].
+        hops = len(shape.fanouts)
+        self.counts = torch.zeros(2 * hops + 3, dtype=torch.int64, device=device)
+        self.ends, self.base = self.counts[: hops + 2], self.counts[hops + 2 :]
+
+    def capture(self, graph: Graph) -> None:
+        """Record the launches; later runs replay them with one call."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.ends[1] = 0
+            self._enqueue(graph)  # compiles
+            side.synchronize()
+            self._recorded = torch.cuda.CUDAGraph()
+            self._recorded.capture_begin(capture_error_mode="thread_local")
+            self._enqueue(graph)
+            self._recorded.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = None
+        self._free = torch.cuda.Event()
+        self._free.record()
+
+    def run(self, seeds: Frontier, draws: Draws) -> Sampled:
+        """Sample one batch; waits for the device once."""
+        count, groups = seeds.node.numel(), draws.streams.numel()
+        if self._free is not None:
+            self._free.wait()
+        self.seed[:count] = seeds.node
+        self.streams[:groups] = draws.streams
+        if self.shape.groups > 1:
+            self.seed_group[:count] = seeds.group
+        self.ends[1:2].fill_(count)
+        if self._recorded is not None:
+            self._recorded.replay()
+        else:
+            assert self._graph is not None
+            self._enqueue(self._graph)
+        counts = self.counts.tolist()
+        hops = len(self.shape.fanouts)
+        node_ends, edge_ends = counts[: hops + 2], counts[hops + 2 :]
+        nodes, total = node_ends[-1], edge_ends[-1]
+        parts = [self.node[:nodes], self.local[:total], self.col[:total], self.edge[:total]]
+        group = self.group[:nodes] if self.shape.groups > 1 else None
+        if self._free is not None:  # the buffers are used again
+            parts = [part.clone() for part in parts]
+            group = None if group is None else group.clone()
+            self._free.record()
+        node, row, col, edge = parts
+        return Sampled(
+            node, row, col, edge, torch.zeros_like(node) if group is None else group,
+            [b - a for a, b in pairwise(node_ends)], [b - a for a, b in pairwise(edge_ends)],
+        )  # fmt: skip
+
+    def _enqueue(self, graph: Graph) -> None:
+        shape, slot, node, ends, base = self.shape, self.slot, self.node, self.ends, self.base
+        grouped, num_nodes = shape.groups > 1, shape.num_nodes
         _launch(
-            _plan_kernel, frontier, _BLOCK, graph.colptr, node, ends, start, degree, drawn, hop, frontier,
-            FANOUT=fanout, REPLACE=draws.replace,
+            _seed_kernel, shape.seeds, _BLOCK, slot, node, self.seed, self.seed_group, ends, num_nodes,
+            GROUPED=grouped,
         )  # fmt: skip
-        offset = drawn.cumsum(0)
-        _launch_draw(
-            graph, draws, (node, ends, start, degree, drawn, offset, node), (edge, col, local), (slot, base),
-            hop=hop, fanout=fanout, frontier=frontier, grouped=False, claim=True,
+        for hop, (fanout, (frontier, bound)) in enumerate(zip(shape.fanouts, shape.bounds(), strict=True)):
+            offset, flag, rank = self.offset[:frontier], self.flag[:bound], self.rank[:bound]
+            _launch(
+                _plan_kernel, frontier, _BLOCK, graph.colptr, node, ends, self.start, self.degree, self.drawn,
+                hop, frontier, fanout, num_nodes, REPLACE=shape.replace, GROUPED=grouped,
+            )  # fmt: skip
+            torch.cumsum(self.drawn[:frontier], 0, out=offset)
+            _launch_draw(
+                graph.row, (node, ends, self.start, self.degree, self.drawn, offset, self.streams, node),
+                (self.edge, self.col, self.local, slot, base), (hop, frontier, fanout, num_nodes),
+                replace=shape.replace, grouped=grouped, claim=True,
+            )  # fmt: skip
+            _launch(_flag_kernel, bound, _BLOCK, self.local, slot, flag, base, offset, hop, frontier, bound)
+            torch.cumsum(flag, 0, out=rank)
+            _launch(_enter_kernel, bound, _BLOCK, self.local, slot, flag, rank, node, ends, base, hop, bound)
+        hops = len(shape.fanouts)
+        _launch(_number_kernel, shape.edges, _BLOCK, self.local, slot, base, hops)
+        _launch(
+            _reset_kernel, node.numel(), _BLOCK, slot, node, self.group, ends, hops, num_nodes,
+            GROUPED=grouped,
         )  # fmt: skip
-        flag = torch.empty(bound, dtype=torch.int32, device=device)
-        _launch(_flag_kernel, bound, _BLOCK, local, slot, flag, base, offset, hop, frontier, bound)
-        rank = flag.cumsum(0)
-        _launch(_enter_kernel, bound, _BLOCK, local, slot, flag, rank, node, ends, base, hop, bound)
-        _launch(_number_kernel, bound, _BLOCK, local, slot, base, hop)
-    _launch(_reset_kernel, node.numel(), _BLOCK, slot, node, ends, hops)
-    counts = torch.cat([ends, base]).tolist()
-    node_ends, edge_ends = counts[: hops + 2], counts[hops + 2 :]
-    nodes, total = node_ends[-1], edge_ends[-1]
-    return Sampled(
-        node[:nodes], local[:total], col[:total], edge[:total], torch.zeros_like(node[:nodes]),
-        [b - a for a, b in pairwise(node_ends)], [b - a for a, b in pairwise(edge_ends)],
-    )  # fmt: skip
 
 
 def _launch_draw(
-    graph: Graph, draws: Draws, arrays: tuple[Tensor, ...], outputs: tuple[Tensor, ...],
-    scratch: tuple[Tensor, ...], *, hop: int, fanout: int, frontier: int, grouped: bool, claim: bool,
+    row: Tensor, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int, ...],
+    *, replace: bool, grouped: bool, claim: bool,
 ) -> None:  # fmt: skip
-    node, ends, start, degree, drawn, offset, group = arrays
-    edge, col, local = outputs
-    slot, base = scratch
-    width = _width(fanout)
-    block = max(1024 // width, 16)
+    width = _width(numbers[2])
     _launch(
-        _draw_kernel, frontier, block,
-        graph.row, node, ends, start, degree, drawn, offset, draws.streams, group, edge, col, local, slot,
-        hop, base, frontier,
-        FANOUT=fanout, WIDTH=width, REPLACE=draws.replace, GROUPED=grouped, CLAIM=claim,
+        _draw_kernel, numbers[1], max(1024 // width, 16), row, *inputs, *outputs, *numbers,
+        WIDTH=width, REPLACE=replace, GROUPED=grouped, CLAIM=claim,
     )  # fmt: skip
 
 
 class TritonBackend:
     """:class:`~pyg_quiver.backends.contract.HopBackend`: draws in Triton, tables in torch operations.
 
-    For disjoint groups, heterogeneous graphs and batches whose bounds are too wide; each hop waits for its
-    size.
+    For heterogeneous graphs and batches whose bounds are too wide; each hop waits for its size.
     """
 
     def draw(
@@ -316,9 +448,10 @@ class TritonBackend:
         # One hop by itself: both tables of ends begin at this frontier.
         zeros = torch.zeros(hop + 1, dtype=torch.int64, device=device)
         _launch_draw(
-            graph, draws, (frontier.node, zeros, start, degree, drawn, offset, frontier.group),
-            (edge, col, source), (zeros, zeros),
-            hop=hop, fanout=fanout, frontier=size, grouped=True, claim=False,
+            graph.row,
+            (frontier.node, zeros, start, degree, drawn, offset, draws.streams, frontier.group),
+            (edge, col, source, zeros, zeros), (hop, size, fanout, 0),
+            replace=draws.replace, grouped=True, claim=False,
         )  # fmt: skip
         return edge, col, source
 

@@ -1,16 +1,19 @@
 """How close does the gather come to the links it uses? Pinned memory and HBM, by row width.
 
-python benchmarks/tiered_memory_gather.py [--out DIR] [--quick]
+python benchmarks/tiered_memory_gather.py [--out DIR] [--quick] [--budget SECONDS]
 
 Needs a CUDA device (does nothing without one). Every arm of a row width takes turns in one run; the limits
-(pinned copy, device copy) are arms too. About 100 s on an H100, of which half pins the host table.
+(pinned copy, device copy) are arms too. Stages that the budget leaves no time for are left out, and the
+result file is written again after each. About 100 s on an H100.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,8 +29,17 @@ from tiered_memory.arena import PinnedArena  # noqa: E402
 from tiered_memory.gather import gather_rows, gather_segments, peer_access  # noqa: E402
 
 WIDTHS = (64, 128, 256, 400, 512, 1024, 4096)
-SWEPT = (64, 128, 400, 512, 4096)
-TILES = ((128, 2), (256, 4), (512, 4), (1024, 4), (1024, 8), (2048, 8))
+# (units of a block, warps, most programs at once or 0)
+DEVICE_SHAPES = (
+    (256, 4, 0),
+    (512, 4, 0),
+    (512, 8, 0),
+    (1024, 8, 0),
+    (2048, 8, 0),
+    (512, 4, 2112),
+    (1024, 8, 1056),
+)
+HOST_SHAPES = ((512, 4, 0), (512, 4, 132), (512, 4, 264), (512, 4, 528), (256, 4, 528), (1024, 4, 264))
 
 
 def one_program_a_row() -> Callable[..., None]:
@@ -65,13 +77,16 @@ class Measure:
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
+        self.best: dict[str, list[int]] = {}
         self.samples: dict[str, list[float]] = {}
         self.rates: dict[str, float] = {}
 
-    def __call__(self, label: str, nbytes: int, arms: dict[str, Callable[[], Any]], calls: int) -> None:
+    def __call__(
+        self, label: str, nbytes: int, arms: dict[str, Callable[[], Any]], calls: int, repeats: int = 0
+    ) -> None:
         """Run the arms ``calls`` times in each of the repeats; ``nbytes`` are moved by one call."""
         loops = {name: repeated(arm, calls) for name, arm in arms.items()}
-        seconds = interleaved(loops, repeats=self.repeats, synchronize=torch.cuda.synchronize)
+        seconds = interleaved(loops, repeats=repeats or self.repeats, synchronize=torch.cuda.synchronize)
         for name, values in seconds.items():
             key = f"{label}: {name}"
             self.samples[key] = [value / calls for value in values]
@@ -91,14 +106,22 @@ def check(source: torch.Tensor, index: torch.Tensor) -> None:
     assert torch.equal(gather_rows(source, some).cpu(), expected)
 
 
-def pinned(measure: Measure, arena: PinnedArena, batch: int) -> None:
+def in_request_order(table: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+    """The gather without sorting requests first."""
+    from tiered_memory import kernels
+    from tiered_memory.gather import _unit_views
+
+    (source, target), unit = _unit_views([table, out])
+    return lambda: kernels.gather_rows([source], index, None, target, skipped=[], unit_bytes=unit)
+
+
+def pinned(measure: Measure, memory: torch.Tensor, batch: int) -> None:
     """Rows of a pinned host table against a copy of as many bytes and against gathering on the CPU first."""
     naive = one_program_a_row()
-    flat = arena.buffer[: batch // 4 * 4]
-    target = torch.empty(flat.numel(), dtype=torch.uint8, device="cuda")
-    staging = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(batch, dtype=torch.uint8, device="cuda")
+    staging = torch.empty(batch, dtype=torch.uint8, pin_memory=True)
     for width in WIDTHS:
-        table = arena.buffer[: arena.nbytes // width * width].view(torch.int32).view(-1, width // 4)
+        table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         host_index = index.cpu()
         out = target[: index.numel() * width].view(torch.int32).view(-1, width // 4)
@@ -112,11 +135,51 @@ def pinned(measure: Measure, arena: PinnedArena, batch: int) -> None:
 
         arms = {
             "gather": lambda table=table, index=index, out=out: gather_rows(table, index, out=out),
+            "in request order": in_request_order(table, index, out),
             "pinned copy": lambda out=out, stage=stage: out.copy_(stage, non_blocking=True),
-            "one program a row": lambda table=table, index=index, out=out: naive(table, index, out),
         }
-        measure(f"pinned {width} B", out.nbytes, arms, calls=4)
-        measure(f"pinned {width} B", out.nbytes, {"CPU index_select + copy": on_cpu}, calls=1)
+        if width in (128, 512):
+            arms["one program a row"] = lambda t=table, i=index, o=out: naive(t, i, o)
+        measure(f"pinned {width} B", out.nbytes, arms, calls=2)
+        if width in (128, 512, 4096):
+            measure(f"pinned {width} B", out.nbytes, {"CPU index_select + copy": on_cpu}, calls=1)
+
+
+def pages(measure: Measure, arena: PinnedArena, batch: int) -> None:
+    """Why random rows of a large pinned table are slow: table size, kind of page, order of requests."""
+    width = 512
+    out = torch.empty(batch // width, width // 4, dtype=torch.int32, device="cuda")
+    half = arena.nbytes // 2
+    kinds = {
+        "arena": arena.buffer[:half],
+        "torch pin_memory": torch.empty(half, dtype=torch.uint8, pin_memory=True),
+    }
+    huge = mmap.mmap(-1, half, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    huge.madvise(mmap.MADV_HUGEPAGE)
+    kinds["transparent huge pages"] = torch.frombuffer(huge, dtype=torch.uint8)
+    kinds["transparent huge pages"].zero_()
+    address = kinds["transparent huge pages"].data_ptr()
+    registered = torch.cuda.cudart().cudaHostRegister(address, half, 0)
+    if int(registered) != 0:
+        del kinds["transparent huge pages"]
+    for name, memory in kinds.items():
+        for share in (8, 1):
+            table = as_rows(memory[: half // share], width)
+            index = random_rows(table.shape[0], out.shape[0])
+            ordered = index.sort().values
+            arms = {
+                "random": in_request_order(table, index, out),
+                "ascending": in_request_order(table, ordered, out),
+            }
+            measure(f"pages, {name}, table of {half // share >> 20} MiB", out.nbytes, arms, calls=2)
+    if int(registered) == 0:
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def as_rows(memory: torch.Tensor, width: int) -> torch.Tensor:
+    """A uint8 buffer as rows of int32."""
+    return memory[: memory.numel() // width * width].view(torch.int32).view(-1, width // 4)
 
 
 def segments(measure: Measure, arena: PinnedArena, batch: int) -> None:
@@ -137,13 +200,12 @@ def segments(measure: Measure, arena: PinnedArena, batch: int) -> None:
         measure(f"pinned segments of {length} rows", out.nbytes, arms, calls=4)
 
 
-def hbm(measure: Measure, table_bytes: int, batch: int) -> None:
+def hbm(measure: Measure, memory: torch.Tensor, batch: int) -> None:
     """Rows of a table in GPU memory against a device copy and index_select."""
-    memory = torch.randint(0, 1 << 30, (table_bytes // 4,), dtype=torch.int32, device="cuda")
     target = torch.empty(batch // 4, dtype=torch.int32, device="cuda")
     naive = one_program_a_row()
     for width in WIDTHS:
-        table = memory[: memory.numel() // (width // 4) * (width // 4)].view(-1, width // 4)
+        table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         out = target[: index.numel() * (width // 4)].view(-1, width // 4)
         linear = table[: out.shape[0]]
@@ -152,39 +214,65 @@ def hbm(measure: Measure, table_bytes: int, batch: int) -> None:
             "gather": lambda table=table, index=index, out=out: gather_rows(table, index, out=out),
             "device copy": lambda out=out, linear=linear: out.copy_(linear),
             "index_select": lambda t=table, i=index, o=out: torch.index_select(t, 0, i, out=o),
-            "one program a row": lambda table=table, index=index, out=out: naive(table, index, out),
         }
-        measure(f"HBM {width} B", out.nbytes, arms, calls=10)
+        if width in (128, 512):
+            arms["one program a row"] = lambda t=table, i=index, o=out: naive(t, i, o)
+        measure(f"HBM {width} B", out.nbytes, arms, calls=5)
 
 
-def sweep(measure: Measure, arena: PinnedArena, table_bytes: int, batch: int) -> None:
-    """Units a program moves, and its warps."""
+def sweep(measure: Measure, memory: torch.Tensor, batch: int, place: str, widths: tuple[int, ...]) -> None:
+    """Launch shapes; the best of each width is measured again beside the limits."""
     from tiered_memory import kernels
     from tiered_memory.gather import _unit_views
 
-    device = torch.randint(0, 1 << 30, (table_bytes // 4,), dtype=torch.int32, device="cuda")
-    host = arena.buffer.view(torch.int32)
-    for place, memory, size in (("pinned", host, batch // 4), ("HBM", device, batch)):
-        for width in SWEPT:
-            table = memory[: memory.numel() // (width // 4) * (width // 4)].view(-1, width // 4)
-            index = random_rows(table.shape[0], size // width)
-            out = torch.empty(index.numel(), width // 4, dtype=torch.int32, device="cuda")
-            (source, target), unit = _unit_views([table, out])
+    for width in widths:
+        table = as_rows(memory, width)
+        index = random_rows(table.shape[0], batch // width)
+        out = torch.empty(index.numel(), width // 4, dtype=torch.int32, device="cuda")
+        (source, target), unit = _unit_views([table, out])
+        order = index.argsort() if place == "pinned" else None
+
+        arm = partial(
+            kernels.gather_rows, [source], index, None, target, skipped=[], unit_bytes=unit, order=order
+        )
+        shapes = HOST_SHAPES if place == "pinned" else DEVICE_SHAPES
+        label = f"sweep {place} {width} B"
+        measure(
+            label,
+            out.nbytes,
+            {str(shape): partial(arm, shape=kernels.LaunchShape(*shape)) for shape in shapes},
+            calls=2,
+            repeats=3,
+        )
+        best = max(shapes, key=lambda shape: measure.rates[f"{label}: {shape}"])
+        print(f"best shape, {place}, {width} B: {best}", flush=True)
+        measure.best[f"{place} {width} B"] = list(best)
+        if place == "HBM":
             arms = {
-                f"{block} units, {warps} warps": partial(
-                    kernels.gather_rows, [source], index, None, target,
-                    skipped=[], unit_bytes=unit, block_units=block, num_warps=warps,
-                )
-                for block, warps in TILES
-            }  # fmt: skip
-            measure(f"sweep {place} {width} B", out.nbytes, arms, calls=4)
+                "best shape": partial(arm, shape=kernels.LaunchShape(*best)),
+                "device copy": lambda out=out, table=table: out.copy_(table[: out.shape[0]]),
+                "index_select": lambda t=table, i=index, o=out: torch.index_select(t, 0, i, out=o),
+            }
+            measure(f"best {place} {width} B", out.nbytes, arms, calls=5)
+
+
+def small(measure: Measure, memory: torch.Tensor) -> None:
+    """A request so small that only the call itself counts."""
+    table = as_rows(memory, 512)
+    index = random_rows(table.shape[0], 256)
+    out = torch.empty(256, 128, dtype=torch.int32, device="cuda")
+    arms = {
+        "gather": lambda: gather_rows(table, index, out=out),
+        "index_select": lambda: torch.index_select(table, 0, index, out=out),
+    }
+    measure("256 rows of 512 B in HBM", out.nbytes, arms, calls=100)
 
 
 def peer(measure: Measure, table_bytes: int, batch: int) -> None:
     """Rows of another GPU's memory against a peer copy."""
-    memory = torch.randint(0, 1 << 30, (table_bytes // 4,), dtype=torch.int32, device="cuda:1")
+    memory = torch.randint(0, 256, (table_bytes,), dtype=torch.uint8, device="cuda:1")
     for width in WIDTHS:
-        table = memory[: memory.numel() // (width // 4) * (width // 4)].view(-1, width // 4)
+        table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         out = torch.empty(index.numel(), width // 4, dtype=torch.int32, device="cuda:0")
         check(table, index)
@@ -215,16 +303,32 @@ def headline(measure: Measure) -> list[Headline]:
             "pinned copy",
             aim,
         )
-    ratio(
-        "gather from pinned memory / one program a row, 128 B rows",
-        "pinned 128 B",
-        "one program a row",
-        ">= 2",
-    )
+        ratio(
+            f"gather from pinned memory / the same in request order, {width} B rows",
+            f"pinned {width} B",
+            "in request order",
+            "",
+        )
+    for width in (128, 512):
+        what = f"gather from pinned memory / one program a row, {width} B rows"
+        ratio(what, f"pinned {width} B", "one program a row", ">= 2" if width == 128 else "")
+    for width in (128, 512, 4096):
+        label = f"pinned {width} B"
+        if f"{label}: CPU index_select + copy" in measure.rates:
+            value = measure.rates[f"{label}: gather"] / measure.rates[f"{label}: CPU index_select + copy"]
+            what = f"gather from pinned memory / index_select on the CPU and copy, {width} B rows"
+            rows.append(Headline(what, value, "x", note="medians"))
     for width in WIDTHS:
         aim = ">= 0.7" if width >= 512 else ""
         ratio(f"gather in HBM / device copy, {width} B rows", f"HBM {width} B", "device copy", aim)
         ratio(f"gather in HBM / index_select, {width} B rows", f"HBM {width} B", "index_select", "")
+    for width in (128, 512, 1024, 4096):
+        label = f"best HBM {width} B"
+        ratio(
+            f"best swept shape in HBM / index_select, {width} B rows", label, "index_select", "", "best shape"
+        )
+    small_call = "256 rows of 512 B in HBM"
+    ratio(f"a call of {small_call}: gather / index_select", small_call, "index_select", "")
     for length in (20, 1000):
         what, label = f"segments of {length} rows of 112 B / pinned copy", f"pinned segments of {length} rows"
         ratio(what, label, "pinned copy", ">= 0.85" if length == 1000 else "", arm="gather_segments")
@@ -241,32 +345,46 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="small tables, few repeats")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all stages")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tiered_memory_gather: needs a CUDA device; nothing measured")
         return
-    scale = 16 if options.quick else 1
-    measure = Measure(3 if options.quick else 7)
+    began, scale = time.perf_counter(), 16 if options.quick else 1
+    measure = Measure(3 if options.quick else 5)
     arena = PinnedArena((4 << 30) // scale, pinned=True, threads=8)
-    filler = torch.randint(0, 1 << 30, (arena.nbytes // 4,), dtype=torch.int32, device="cuda")
-    arena.buffer.view(torch.int32).copy_(filler)
-    del filler
-    batch = (1 << 28) // scale
-    pinned(measure, arena, batch)
-    segments(measure, arena, batch)
-    hbm(measure, (8 << 30) // scale, (1 << 30) // scale)
-    sweep(measure, arena, (8 << 30) // scale, (1 << 30) // scale)
-    if torch.cuda.device_count() > 1 and peer_access(0, 1):
-        peer(measure, (4 << 30) // scale, (1 << 30) // scale)
-    path = write_result(
-        "tiered_memory_gather",
-        question="How close does the row gather come to the links it uses, by row width?",
-        headline=headline(measure),
-        samples=measure.samples,
-        folder=options.out,
-        bytes_per_s=measure.rates,
-    )
-    print(path)
+    memory = torch.randint(0, 256, ((8 << 30) // scale,), dtype=torch.uint8, device="cuda")
+    arena.buffer.copy_(memory[: arena.nbytes])
+    batch, wide = (1 << 26) // scale, (1 << 30) // scale
+    stages: dict[str, Callable[[], None]] = {
+        "HBM": lambda: hbm(measure, memory, wide),
+        "pinned": lambda: pinned(measure, arena.buffer, batch),
+        "small": lambda: small(measure, memory),
+        "peer": lambda: peer(measure, (4 << 30) // scale, wide),
+        "segments": lambda: segments(measure, arena, batch),
+        "pages": lambda: pages(measure, arena, batch),
+        "sweep of device shapes": lambda: sweep(measure, memory, wide, "HBM", (128, 512, 1024, 4096)),
+        "sweep of host shapes": lambda: sweep(measure, arena.buffer, batch, "pinned", (128, 512, 4096)),
+    }
+    if torch.cuda.device_count() < 2 or not peer_access(0, 1):
+        del stages["peer"]
+    left_out = []
+    for name, stage in stages.items():
+        if time.perf_counter() - began > options.budget:
+            left_out.append(name)
+            continue
+        stage()
+        path = write_result(
+            "tiered_memory_gather",
+            question="How close does the row gather come to the links it uses, by row width?",
+            headline=headline(measure),
+            samples=measure.samples,
+            folder=options.out,
+            bytes_per_s=measure.rates,
+            best_shapes=measure.best,
+        )
+        print(f"-- {name}: {time.perf_counter() - began:.1f} s so far", flush=True)
+    print(f"left out: {', '.join(left_out) or 'nothing'}; {path}")
 
 
 if __name__ == "__main__":

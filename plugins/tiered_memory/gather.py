@@ -89,7 +89,8 @@ def gather_rows(
         from tiered_memory import kernels
 
         host = [s for s, table in enumerate(tables) if not addressable(table, device)]
-        kernels.gather_rows(views[:-1], code, index, views[-1], skipped=host, unit_bytes=unit)
+        order = kernels.copy_order(views[:-1], code, index, views[-1])
+        kernels.gather_rows(views[:-1], code, index, views[-1], skipped=host, unit_bytes=unit, order=order)
         if host:
             wanted = code if index is None else code[index]
             _rows_by_source(views[:-1], wanted, views[-1], only=host)

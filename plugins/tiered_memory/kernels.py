@@ -3,6 +3,10 @@
 The output is cut into equal blocks of units, so that small rows share a program and long rows are spread
 over several. Source addresses are passed as integers: a kernel reads device, peer
 and pinned host memory alike. The twins are in ``gather.py``.
+
+Random rows of a large pinned table are slow for another reason than bandwidth: nearly each of them needs a
+translation that the GPU has not at hand. Such rows are read in the order of their addresses, by few
+programs, so that those in flight lie close together.
 """
 
 # Jitted functions take no annotations but constexpr, and every argument by position.
@@ -12,6 +16,7 @@ and pinned host memory alike. The twins are in ``gather.py``.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +24,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_UNITS = 512
-NUM_WARPS = 4
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How a gather is cut: units of a block, warps of a program, most programs (0: one for each block)."""
+
+    block_units: int = 512
+    num_warps: int = 4
+    programs: int = 0
+
+
+# By where the rows lie and, for device memory, the bytes of a row from which a shape holds.
+DEVICE_SHAPES = ((0, LaunchShape()),)
+HOST_SHAPE = LaunchShape()
+ORDERED_HOST_SHAPE = LaunchShape(programs=264)
+# Sorting pays from these sizes on: bytes asked for, and bytes of the host tables they are spread over.
+ORDERED_REQUEST_BYTES = 4 << 20
+ORDERED_TABLE_BYTES = 512 << 20
 
 _SOURCE_SHIFT = tl.constexpr(48)
 _ROW_MASK = tl.constexpr((1 << 48) - 1)
@@ -74,36 +94,40 @@ def _load_units(address, keep, out_ptr, LANES: tl.constexpr, ITEM: tl.constexpr)
     return tl.load(pointer, mask=keep[:, None], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_units", "blocks"])
 def _gather_rows_kernel(
-    out_ptr, code_ptr, index_ptr, total_units,
+    out_ptr, code_ptr, index_ptr, order_ptr, total_units, blocks,
     b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7,
     N_SOURCES: tl.constexpr, ROW_UNITS: tl.constexpr, LANES: tl.constexpr, ITEM: tl.constexpr,
-    HAS_INDEX: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_ORDER: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[u // ROW_UNITS, u % ROW_UNITS] = unit u % ROW_UNITS of the row code[index[u // ROW_UNITS]]."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    first_row = start // ROW_UNITS
-    local = (start - first_row * ROW_UNITS).to(tl.int32) + tl.arange(0, BLOCK)
-    row = first_row + local // ROW_UNITS
-    column = (local % ROW_UNITS).to(tl.int64)
-    unit = start + tl.arange(0, BLOCK)
-    live = unit < total_units
-    if HAS_INDEX:
-        row = tl.load(index_ptr + row, mask=live, other=0)
-    code = tl.load(code_ptr + row, mask=live, other=0)
-    keep = live
-    if SKIPPED != 0:
-        keep = live & _not_skipped(code, SKIPPED)
-    address = _row_address(
-        code, b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7, N_SOURCES
-    )  # fmt: skip
-    values = _load_units(address + column * (LANES * ITEM), keep, out_ptr, LANES, ITEM)
-    target = unit[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    tl.store(out_ptr + target, values, mask=keep[:, None])
+    """out[r, c] = unit c of the row code[index[r]], for u = position(r) * ROW_UNITS + c of each block."""
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        start = tl.cast(block, tl.int64) * BLOCK
+        first_row = start // ROW_UNITS
+        local = (start - first_row * ROW_UNITS).to(tl.int32) + tl.arange(0, BLOCK)
+        row = first_row + local // ROW_UNITS
+        column = (local % ROW_UNITS).to(tl.int64)
+        unit = start + tl.arange(0, BLOCK)
+        live = unit < total_units
+        if HAS_ORDER:
+            row = tl.load(order_ptr + row, mask=live, other=0)
+            unit = row * ROW_UNITS + column
+        if HAS_INDEX:
+            row = tl.load(index_ptr + row, mask=live, other=0)
+        code = tl.load(code_ptr + row, mask=live, other=0)
+        keep = live
+        if SKIPPED != 0:
+            keep = live & _not_skipped(code, SKIPPED)
+        address = _row_address(
+            code, b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7, N_SOURCES
+        )  # fmt: skip
+        values = _load_units(address + column * (LANES * ITEM), keep, out_ptr, LANES, ITEM)
+        target = unit[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        tl.store(out_ptr + target, values, mask=keep[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "total_units"])
 def _gather_segments_kernel(
     out_ptr, first_ptr, count_ptr, shift_ptr, fill_ptr, length, total_units,
     b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7,
@@ -146,8 +170,8 @@ def gather_rows(
     *,
     skipped: list[int],
     unit_bytes: int,
-    block_units: int = BLOCK_UNITS,
-    num_warps: int = NUM_WARPS,
+    order: Tensor | None = None,
+    shape: LaunchShape | None = None,
 ) -> None:
     """Launch the row gather on checked arguments.
 
@@ -158,18 +182,34 @@ def gather_rows(
         out: contiguous ``[M, n]`` of the sources' dtype.
         skipped: sources to leave out (their rows of ``out`` are not written).
         unit_bytes: bytes a thread moves at once: 16 or the item size.
-        block_units: units a program moves (a power of two).
-        num_warps: warps of a program.
+        order: int64 ``[M]``, a permutation: in which order rows are copied.
+        shape: chosen by row width and place when absent.
     """
     lanes, row_units = _unit_shape(out, unit_bytes)
     total = out.shape[0] * row_units
+    shape = shape or shape_for(sources, row_units * unit_bytes, ordered=order is not None)
+    blocks = triton.cdiv(total, shape.block_units)
     _launch(
-        _gather_rows_kernel, total, block_units, out,
-        (out, code, code if index is None else index, total, *_addresses(sources, out.element_size())),
-        num_warps=num_warps, N_SOURCES=len(sources),
-        ROW_UNITS=row_units, LANES=lanes, ITEM=out.element_size(),
-        HAS_INDEX=index is not None, SKIPPED=sum(1 << s for s in skipped),
+        _gather_rows_kernel, min(blocks, shape.programs or blocks), shape, out,
+        (out, code, index, order, total, blocks, *_addresses(sources, out.element_size())),
+        N_SOURCES=len(sources), ROW_UNITS=row_units, LANES=lanes, ITEM=out.element_size(),
+        HAS_INDEX=index is not None, HAS_ORDER=order is not None, SKIPPED=sum(1 << s for s in skipped),
     )  # fmt: skip
+
+
+def shape_for(sources: list[Tensor], row_bytes: int, *, ordered: bool) -> LaunchShape:
+    """The launch shape for rows of this width that lie where ``sources`` do."""
+    if any(source.device.type == "cpu" for source in sources):
+        return ORDERED_HOST_SHAPE if ordered else HOST_SHAPE
+    return next(shape for least, shape in reversed(DEVICE_SHAPES) if row_bytes >= least)
+
+
+def copy_order(sources: list[Tensor], code: Tensor, index: Tensor | None, out: Tensor) -> Tensor | None:
+    """The order by address in which rows should be copied, or None where sorting does not pay."""
+    host_bytes = sum(source.nbytes for source in sources if source.device.type == "cpu")
+    if host_bytes < ORDERED_TABLE_BYTES or out.nbytes < ORDERED_REQUEST_BYTES or out.device.type == "cpu":
+        return None
+    return torch.argsort(code if index is None else code[index])
 
 
 def gather_segments(
@@ -183,8 +223,7 @@ def gather_segments(
     *,
     skipped: list[int],
     unit_bytes: int,
-    block_units: int = BLOCK_UNITS,
-    num_warps: int = NUM_WARPS,
+    shape: LaunchShape = HOST_SHAPE,
 ) -> None:
     """Launch the segment gather on checked arguments.
 
@@ -194,11 +233,10 @@ def gather_segments(
     lanes, row_units = _unit_shape(out, unit_bytes)
     total = out.shape[0] * row_units
     _launch(
-        _gather_segments_kernel, total, block_units, out,
+        _gather_segments_kernel, triton.cdiv(total, shape.block_units), shape, out,
         (out, first, count, shift, out if fill is None else fill, length, total,
          *_addresses(sources, out.element_size())),
-        num_warps=num_warps, N_SOURCES=len(sources),
-        ROW_UNITS=row_units, LANES=lanes, ITEM=out.element_size(),
+        N_SOURCES=len(sources), ROW_UNITS=row_units, LANES=lanes, ITEM=out.element_size(),
         HAS_FILL=fill is not None, SKIPPED=sum(1 << s for s in skipped),
     )  # fmt: skip
 
@@ -208,28 +246,21 @@ def _unit_shape(out: Tensor, unit_bytes: int) -> tuple[int, int]:
     return lanes, out.shape[1] // lanes
 
 
-def _addresses(sources: list[Tensor], item: int) -> list[int]:
-    unused = [0] * (8 - len(sources))
+def _addresses(sources: list[Tensor], item: int) -> list[int | None]:
+    unused: list[int | None] = [None] * (8 - len(sources))
     bases = [source.data_ptr() for source in sources]
     return [*bases, *unused, *(source.stride(0) * item for source in sources), *unused]
 
 
 def _launch(
-    kernel: Any,
-    total: int,
-    block: int,
-    out: Tensor,
-    arguments: tuple[Any, ...],
-    *,
-    num_warps: int,
-    **constants: Any,
+    kernel: Any, programs: int, shape: LaunchShape, out: Tensor, arguments: tuple[Any, ...], **constants: Any
 ) -> None:
     if out.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
                 "backend='triton' on the CPU needs TRITON_INTERPRET=1 before Triton is imported"
             )
-        kernel[(triton.cdiv(total, block),)](*arguments, **constants, BLOCK=block)
+        kernel[(programs,)](*arguments, **constants, BLOCK=shape.block_units)
         return
     with torch.cuda.device(out.device):
-        kernel[(triton.cdiv(total, block),)](*arguments, **constants, BLOCK=block, num_warps=num_warps)
+        kernel[(programs,)](*arguments, **constants, BLOCK=shape.block_units, num_warps=shape.num_warps)

@@ -191,6 +191,25 @@ def test_tm08_skipped_sources_are_left_to_the_caller():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("programs", [0, 3])
+def test_tm08_any_order_and_number_of_programs_give_the_same_rows(programs: int):
+    if torch.cuda.is_available():
+        pytest.skip("needs the interpreter; test_gather_gpu.py sorts requests on the device")
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tiered_memory import gather, kernels
+
+    generator = torch.Generator().manual_seed(6)
+    sources = [random_table(9, (48,), torch.uint8, generator) for _ in range(2)]
+    code, index = random_codes(sources, 40, generator), torch.randint(0, 40, (70,), generator=generator)
+    views, _ = gather._unit_views(sources)
+    out = torch.empty(70, views[0].shape[1], dtype=views[0].dtype)
+    kernels.gather_rows(
+        views, code, index, out, skipped=[], unit_bytes=8, order=torch.argsort(code[index]),
+        shape=kernels.LaunchShape(32, 1, programs),
+    )  # fmt: skip
+    assert torch.equal(out.view(torch.uint8), naive_rows(sources, code[index]))
+
+
 def test_tm07_errors_name_the_argument_and_both_values():
     x, code = torch.zeros(10, 4), torch.tensor([0, 1, 2, 3])
     with pytest.raises(ValueError, match="sources has 0 tensors; it must have 1 to 8"):

@@ -54,6 +54,17 @@ def test_tm08_dtypes(dtype):
     assert torch.equal(gather_rows(table.cuda(), code.cuda()).cpu(), table[code])
 
 
+def test_tm08_requests_read_in_address_order_give_the_same_rows(monkeypatch):
+    from tiered_memory import kernels
+
+    monkeypatch.setattr(kernels, "ORDERED_REQUEST_BYTES", 0)
+    monkeypatch.setattr(kernels, "ORDERED_TABLE_BYTES", 0)
+    host, mixed = sources(112)
+    code, index = codes(host, 3000, 3), torch.randint(0, 3000, (5000,))
+    expected = gather_rows(host, code, index)
+    assert torch.equal(gather_rows(mixed, code.cuda(), index.cuda()).cpu(), expected)
+
+
 def test_tm08_a_source_past_two_gib():
     rows = (3 << 30) // 512
     table = torch.empty(rows, 128, dtype=torch.int32, device="cuda")

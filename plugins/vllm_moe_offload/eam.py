@@ -41,10 +41,32 @@ class EAMTracer:
             raise IndexError(f"trace: layer {layer} of {self.num_layers}")
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.num_experts):
             raise IndexError(f"trace: expert ids {ids.min()}..{ids.max()} of {self.num_experts}")
+        self._live(request_id)[layer] += np.bincount(ids, minlength=self.num_experts)
+
+    def record_step(self, request_id: str, expert_ids: npt.NDArray[np.integer]) -> None:
+        """Count choices of a request at all layers; ``expert_ids`` is ``[tokens, layers, top_k]``.
+
+        Raises:
+            ValueError: another number of layers.
+            IndexError: no such expert; nothing is counted then.
+        """
+        ids = np.asarray(expert_ids)
+        if ids.ndim != 3 or ids.shape[1] != self.num_layers:
+            raise ValueError(f"trace: expert_ids must be [tokens, {self.num_layers}, top_k], got {ids.shape}")
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.num_experts):
+            raise IndexError(f"trace: expert ids {ids.min()}..{ids.max()} of {self.num_experts}")
+        keys = ids + np.arange(0, self.num_layers * self.num_experts, self.num_experts)[:, None]
+        np.add.at(self._live(request_id).reshape(-1), keys.reshape(-1), 1)
+
+    def choices(self, request_id: str) -> int:
+        """Choices counted so far at the first layer; KeyError if the request is not live."""
+        return int(self._matrices[request_id][0].sum())
+
+    def _live(self, request_id: str) -> Matrix:
         matrix = self._matrices.get(request_id)
         if matrix is None:
             matrix = self._matrices[request_id] = np.zeros((self.num_layers, self.num_experts), np.int64)
-        matrix[layer] += np.bincount(ids, minlength=self.num_experts)
+        return matrix
 
     def matrix(self, request_id: str) -> Matrix:
         """The matrix so far, int64 ``[layers, experts]``; KeyError if the request is not live."""
@@ -77,29 +99,37 @@ class EAMCollection:
     """At most ``capacity`` matrices of finished requests.
 
     When it is full, the non-persistent entry least often nearest to a query is replaced, the oldest of
-    equals. Rows are normalised once, when an entry is added, so that a query is one product.
+    equals. Rows are normalised once, when an entry is added, and kept by (layer, expert), so that a query
+    reads only the experts it has used.
     """
 
     def __init__(self, num_layers: int, num_experts: int, capacity: int = 1000) -> None:
         if capacity < 1:
             raise ValueError(f"EAM collection: capacity must be at least 1, got {capacity}")
         self.num_layers, self.num_experts, self.capacity = num_layers, num_experts, capacity
+        self._len = 0
         self._matrices = np.zeros((0, num_layers, num_experts), dtype=np.int64)
-        self._unit = np.zeros((0, num_layers, num_experts))
+        self._unit = np.zeros((num_layers * num_experts, 0))
         self._persistent = np.zeros(0, dtype=bool)
         self._nearest = np.zeros(0, dtype=np.int64)  # how often an entry was nearest
         self._added = np.zeros(0, dtype=np.int64)
+        self._choices = 0  # at the first layers of all entries
         self._clock = 0
 
     def __len__(self) -> int:
-        return len(self._matrices)
+        return self._len
 
     @property
     def matrices(self) -> Matrix:
         """int64 ``[len, layers, experts]``; a read-only view."""
-        view = self._matrices.view()
+        view = self._matrices[: self._len]
         view.flags.writeable = False
         return view
+
+    @property
+    def mean_choices(self) -> float:
+        """Mean count of a request's first layer; 0 for an empty collection."""
+        return self._choices / self._len if self._len else 0.0
 
     def add(self, eam: Matrix, *, persistent: bool = False) -> int:
         """Store a matrix and return the index it was written to.
@@ -112,43 +142,57 @@ class EAMCollection:
             raise ValueError(
                 f"EAM collection holds [{self.num_layers}, {self.num_experts}] matrices, got {matrix.shape}"
             )
-        if len(self) < self.capacity:
-            index = len(self)
-            self._matrices = np.append(self._matrices, matrix[None], axis=0)
-            self._unit = np.append(self._unit, _unit_rows(matrix)[None], axis=0)
-            self._persistent = np.append(self._persistent, persistent)
-            self._nearest = np.append(self._nearest, 0)
-            self._added = np.append(self._added, self._clock)
-        else:
-            free = np.flatnonzero(~self._persistent)
-            if not len(free):
-                raise ValueError(f"EAM collection is full of persistent entries (capacity {self.capacity})")
-            index = int(free[np.lexsort((self._added[free], self._nearest[free]))[0]])
-            self._matrices[index], self._unit[index] = matrix, _unit_rows(matrix)
-            self._persistent[index], self._nearest[index] = persistent, 0
-            self._added[index] = self._clock
+        index = self._place()
+        self._choices += int(matrix[0].sum()) - int(self._matrices[index, 0].sum())
+        self._matrices[index] = matrix
+        self._unit[:, index] = _unit_rows(matrix).reshape(-1)
+        self._persistent[index], self._nearest[index], self._added[index] = persistent, 0, self._clock
         self._clock += 1
         return index
 
     def distances(self, observed: Matrix) -> Shares:
         """:func:`eam_distance` to each entry, float64 ``[len]``; notes which entry was nearest."""
-        layers = np.flatnonzero(np.asarray(observed).any(axis=1))
-        if not len(layers):
-            return np.ones(len(self))
-        unit = _unit_rows(np.asarray(observed)[layers])
-        distances = 1.0 - np.einsum("nle,le->n", self._unit[:, layers], unit) / len(layers)
-        if len(self):
+        matrix = np.asarray(observed)
+        layers = int(matrix.any(axis=1).sum())
+        if not layers:
+            return np.ones(self._len)
+        unit = _unit_rows(matrix).reshape(-1)
+        used = np.flatnonzero(unit)
+        # Beyond a third of the rows, picking them costs more than reading all.
+        known = self._unit if 3 * len(used) > len(unit) else self._unit[used]
+        distances = 1.0 - ((unit if known is self._unit else unit[used]) @ known)[: self._len] / layers
+        if self._len:
             self._nearest[int(distances.argmin())] += 1
         return distances
+
+    def _place(self) -> int:
+        """Index for a new entry: the next free one, or that of the entry which is replaced."""
+        if self._len == self.capacity:
+            free = np.flatnonzero(~self._persistent)
+            if not len(free):
+                raise ValueError(f"EAM collection is full of persistent entries (capacity {self.capacity})")
+            return int(free[np.lexsort((self._added[free], self._nearest[free]))[0]])
+        if self._len == len(self._matrices):
+            self._resize(min(max(2 * self._len, 8), self.capacity))
+        self._len += 1
+        return self._len - 1
+
+    def _resize(self, room: int) -> None:
+        more = room - len(self._matrices)
+        self._matrices = np.pad(self._matrices, ((0, more), (0, 0), (0, 0)))
+        self._unit = np.pad(self._unit, ((0, 0), (0, more)))
+        self._persistent, self._nearest, self._added = (
+            np.pad(array, (0, more)) for array in (self._persistent, self._nearest, self._added)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a compressed ``.npz``; a file already there is replaced only by a complete one."""
         save_npz(
             path,
-            matrices=self._matrices,
-            persistent=self._persistent,
-            nearest=self._nearest,
-            added=self._added,
+            matrices=self._matrices[: self._len],
+            persistent=self._persistent[: self._len],
+            nearest=self._nearest[: self._len],
+            added=self._added[: self._len],
             capacity=np.int64(self.capacity),
         )
 
@@ -166,10 +210,16 @@ class EAMCollection:
                 _, layers, experts = matrices.shape
                 collection = cls(layers, experts, int(file["capacity"]))
                 collection._matrices = matrices.astype(np.int64)
-                collection._unit = _unit_rows(collection._matrices)
+                collection._unit = np.ascontiguousarray(_unit_rows(matrices).reshape(len(matrices), -1).T)
+                collection._len = len(matrices)
+                collection._choices = int(matrices[:, 0].sum())
                 collection._persistent = file["persistent"].astype(bool)
                 collection._nearest = file["nearest"].astype(np.int64)
                 collection._added = file["added"].astype(np.int64)
+                if {len(collection._persistent), len(collection._nearest), len(collection._added)} != {
+                    len(matrices)
+                }:
+                    raise ValueError("its arrays have different lengths")
         except (KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, ValueError) as error:
             raise ValueError(f"{path} is no EAM collection: {error}") from error
         collection._clock = int(collection._added.max(initial=-1)) + 1

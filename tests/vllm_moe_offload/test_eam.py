@@ -47,6 +47,37 @@ def test_mo07_distance_and_prediction_equal_the_formula(observed, stored, temper
         assert any(np.allclose(predicted, share, atol=1e-9) for share in near)
 
 
+@settings(max_examples=50, deadline=None)
+@given(MATRIX, st.lists(MATRIX, min_size=1, max_size=5))
+def test_mo07_expectation_is_a_posterior_mean_with_stored_requests_as_prior(observed, stored):
+    collection = EAMCollection(*SHAPE)
+    for matrix in stored:
+        collection.add(matrix)
+    predictor = EAMPredictor(collection)
+    strength = np.mean([matrix[0].sum() for matrix in stored])
+    counts = strength * predictor.predict(observed) + observed
+    sums = counts.sum(axis=1, keepdims=True)
+    expected = np.where(sums > 0, counts / np.where(sums > 0, sums, 1), 1 / SHAPE[1])
+    np.testing.assert_allclose(predictor.expect(observed), expected, atol=1e-9)
+
+
+def test_mo07_expectation_uses_the_nearest_entries_of_a_large_collection():
+    rng = np.random.default_rng(3)
+    collection = EAMCollection(*SHAPE, capacity=100)
+    stored = [rng.integers(0, 50, SHAPE) for _ in range(100)]
+    for matrix in stored:
+        collection.add(matrix)
+    observed = stored[7] + 1
+    near = sorted(range(100), key=lambda index: slow_distance(observed, stored[index]))[:16]
+    small = EAMCollection(*SHAPE)
+    for index in near:
+        small.add(stored[index])
+    shift = collection.mean_choices / small.mean_choices
+    counts = shift * small.mean_choices * EAMPredictor(small).predict(observed) + observed
+    expected = counts / counts.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(EAMPredictor(collection).expect(observed), expected, atol=1e-9)
+
+
 def test_mo07_empty_collection_is_uniform():
     predicted = EAMPredictor(EAMCollection(*SHAPE)).predict(np.ones(SHAPE, np.int64))
     np.testing.assert_array_equal(predicted, np.full(SHAPE, 0.25))
@@ -99,6 +130,13 @@ def test_mo06_round_trip_is_exact(tmp_path):
     np.testing.assert_array_equal(loaded.distances(query), collection.distances(query))
     extra = rng.integers(0, 9, SHAPE)
     assert loaded.add(extra) == collection.add(extra)
+    with np.load(tmp_path / "eams.npz") as file:
+        arrays = dict(file) | {"added": np.zeros(1, np.int64)}
+    np.savez(tmp_path / "uneven.npz", **arrays)
+    with pytest.raises(
+        ValueError, match="uneven.npz is no EAM collection: its arrays have different lengths"
+    ):
+        EAMCollection.load(tmp_path / "uneven.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no zip")
     with pytest.raises(ValueError, match="is no EAM collection"):
         EAMCollection.load(tmp_path / "bad.npz")

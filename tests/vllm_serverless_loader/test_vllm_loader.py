@@ -99,7 +99,7 @@ def test_sl01_store_that_is_gone(tied_model, caplog):
     strict = LoadConfig(
         load_format="serverless_llm", model_loader_extra_config={**extra, "store_required": True}
     )
-    with pytest.raises(ConnectionError, match="/nowhere/s.sock"):
+    with pytest.raises(ConnectionError, match=r"/nowhere/s\.sock"):
         ServerlessLoader(strict)._lease(tied_model, 0)
 
 

@@ -7,7 +7,7 @@ import json
 import mmap
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ from vllm_serverless_loader.loading.sources import Extents, FileSource, Source, 
 if TYPE_CHECKING:
     import os
 
+Mover = Callable[[list[Chunk], Mapping[str, Tensor]], None]
 _PARTITION = re.compile(r"partition-(\d{5})-of-(\d{5})\.json")
 
 
@@ -303,11 +304,11 @@ def load_from(
     strict: bool,
     options: LoadOptions,
     path: Path,
-    pinned: bool = False,
+    move: Mover | None = None,
 ) -> LoadResult:
     """Load from any source; arguments and errors as :meth:`Checkpoint.load`.
 
-    ``pinned`` says that the source is a MemorySource of page-locked memory, which needs no staging.
+    ``move(chunks, destinations)`` brings bytes to devices, if the source knows a better way than staging.
     """
     begin = time.perf_counter()
     wanted: Mapping[str, TensorEntry] = index.tensors
@@ -315,7 +316,7 @@ def load_from(
         wanted = _matching(index, into, strict, path)
         if len(wanted) < len(index.tensors):
             chunks = _only(chunks, index, wanted)
-    threads, slots = options.io_threads, options.staging_chunks
+    threads = options.io_threads
     if into is None and device.type == "cpu":
         # Page-aligned, so that direct reads need no bounce buffer.
         memory = torch.frombuffer(mmap.mmap(-1, max(index.num_bytes, 1)), dtype=torch.uint8)
@@ -325,9 +326,16 @@ def load_from(
             {name: typed_view(memory, entry) for name, entry in wanted.items()}, wanted
         )
     else:
-        given = into if into is not None else _allocate(wanted, device)
-        _fill(source, chunks, wanted, given, threads=threads, slots=0 if pinned else slots)
-        tensors = given
+        tensors = into if into is not None else _allocate(wanted, device)
+        destinations, later = _destinations(wanted, tensors)
+        if move is not None:
+            move(chunks, destinations)
+        else:
+            slots = options.staging_chunks
+            fill_tensors(source, chunks, destinations, threads=threads, staging_chunks=slots)
+        with torch.no_grad():
+            for tensor, content in later:
+                tensor.copy_(content)
     moved = sum(chunk.num_bytes for chunk in chunks)
     seconds = time.perf_counter() - begin
     return LoadResult(tensors, LoadReport(moved, seconds, source.tier, {source.tier: moved}))
@@ -389,16 +397,10 @@ def _tied(tensors: dict[str, Tensor], entries: Mapping[str, TensorEntry]) -> dic
     }
 
 
-def _fill(
-    source: Source,
-    chunks: list[Chunk],
-    entries: Mapping[str, TensorEntry],
-    given: Mapping[str, Tensor],
-    *,
-    threads: int,
-    slots: int,
-) -> None:
-    """Fill given tensors; strided ones and the second name of a tie by way of the first."""
+def _destinations(
+    entries: Mapping[str, TensorEntry], given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Byte views to fill, and copies to do afterwards: into strided tensors and second names of a tie."""
     destinations: dict[str, Tensor] = {}
     later: list[tuple[Tensor, Tensor]] = []
     first: dict[int, Tensor] = {}
@@ -410,16 +412,10 @@ def _fill(
             if tensor.data_ptr() != first[entry.offset].data_ptr():
                 later.append((tensor, first[entry.offset]))
             continue
-        target = (
-            tensor
-            if tensor.is_contiguous()
-            else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        )
-        if target is not tensor:
+        target = tensor
+        if not tensor.is_contiguous():
+            target = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             later.append((tensor, target))
         first[entry.offset] = target
         destinations[name] = byte_view(target)
-    fill_tensors(source, chunks, destinations, threads=threads, staging_chunks=slots)
-    with torch.no_grad():
-        for tensor, content in later:
-            tensor.copy_(content)
+    return destinations, later

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -19,7 +20,13 @@ from tiered_memory import PinnedArena
 from vllm_serverless_loader.checkpoint.index import PartitionIndex
 from vllm_serverless_loader.checkpoint.reader import Checkpoint, load_from
 from vllm_serverless_loader.loading.options import LoadOptions, LoadReport, LoadResult
-from vllm_serverless_loader.loading.pipeline import fill_host, stream_tensors, typed_view
+from vllm_serverless_loader.loading.pipeline import (
+    copy_straight,
+    fill_host,
+    fill_tensors,
+    stream_tensors,
+    typed_view,
+)
 from vllm_serverless_loader.loading.read_plan import Chunk, DataFile, plan_chunks
 from vllm_serverless_loader.loading.sources import Extents, MemorySource, memory_pieces
 
@@ -46,6 +53,7 @@ class CachedModel:
         chunks: Sequence[int],
         pinned: Callable[[], bool],
         release: Callable[[], None],
+        push: Callable[[PartitionIndex, Mapping[str, Tensor]], bool] | None = None,
     ) -> None:
         self.index = index
         self.hit = hit
@@ -54,6 +62,7 @@ class CachedModel:
         self._source: MemorySource | None = MemorySource(extents)
         self._pinned = pinned
         self._release = release
+        self._push = push
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +73,11 @@ class CachedModel:
     def names(self) -> tuple[str, ...]:
         """Names of the tensors, in file order."""
         return tuple(self.index.tensors)
+
+    @property
+    def extents(self) -> Extents:
+        """The memory that holds the model's logical address space."""
+        return self._open_source().extents
 
     def tensor(self, name: str) -> Tensor:
         """A tensor on the CPU: a view of the cache where its chunks adjoin, else a copy. Do not write to it.
@@ -121,8 +135,23 @@ class CachedModel:
             strict=strict,
             options=options,
             path=self.path,
-            pinned=self._pinned(),
+            move=functools.partial(self._move, source, options),
         )
+
+    def _move(
+        self,
+        source: MemorySource,
+        options: LoadOptions,
+        chunks: Sequence[Chunk],
+        destinations: Mapping[str, Tensor],
+    ) -> None:
+        """The fastest way from the cache to where the tensors are."""
+        on_gpu = any(tensor.is_cuda for tensor in destinations.values())
+        if on_gpu and self._pinned():
+            copy_straight(source.extents, chunks, destinations)
+        elif not (on_gpu and self._push is not None and self._push(self.index, destinations)):
+            threads, slots = options.io_threads, options.staging_chunks
+            fill_tensors(source, chunks, destinations, threads=threads, staging_chunks=slots)
 
     def release(self) -> None:
         """Let the model be evicted. Idempotent; views of it must not be used any more."""
@@ -199,7 +228,10 @@ class HostCache:
             raise ValueError(f"host cache: {capacity_bytes} bytes hold no chunk of {chunk_bytes}")
         self.chunk_bytes = chunk_bytes
         self.capacity_bytes = count * chunk_bytes
-        self.arena = PinnedArena(self.capacity_bytes, pinned=pinned or False, shared=shared)
+        threads = min(16, len(os.sched_getaffinity(0)))
+        self.arena = PinnedArena(
+            self.capacity_bytes, pinned=pinned or False, shared=shared, threads=threads
+        )
         self._buffer = self.arena.buffer
         self._free = set(range(count))
         self._entries: OrderedDict[ModelId, _Entry] = OrderedDict()

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiered_memory import Copy, CopyEngine, PinnedArena
 from vllm_serverless_loader.checkpoint.index import TensorEntry
 from vllm_serverless_loader.loading.read_plan import Chunk
-from vllm_serverless_loader.loading.sources import Extents, MemorySource, Piece, Source, tensor_pieces
+from vllm_serverless_loader.loading.sources import Extents, Piece, Source, tensor_pieces
 
 
 def byte_view(tensor: Tensor) -> Tensor:
@@ -80,16 +80,13 @@ def fill_tensors(
         chunks: what to read.
         destinations: name -> uint8 ``[num_bytes]`` for each name that occurs in a segment.
         threads: threads that read.
-        staging_chunks: chunks of page-locked memory on the way to GPUs; 0: the source is page-locked memory.
+        staging_chunks: chunks of page-locked memory on the way to GPUs.
     """
     devices = {tensor.device for tensor in destinations.values()}
     if not chunks:
         return
     if all(device.type == "cpu" for device in devices):
         fill_host(source, chunks, lambda chunk: tensor_pieces(chunk, destinations), threads=threads)
-        return
-    if staging_chunks == 0 and isinstance(source, MemorySource):
-        _copy_straight(source.extents, chunks, destinations, devices)
         return
     with Staging(max((chunk.num_bytes for chunk in chunks), default=1), staging_chunks, devices) as staging:
 
@@ -106,10 +103,9 @@ def fill_tensors(
         staging.drain()
 
 
-def _copy_straight(
-    extents: Extents, chunks: Sequence[Chunk], destinations: Mapping[str, Tensor], devices: set[torch.device]
-) -> None:
+def copy_straight(extents: Extents, chunks: Sequence[Chunk], destinations: Mapping[str, Tensor]) -> None:
     """Copies from page-locked memory into tensors, all queued at once."""
+    devices = {tensor.device for tensor in destinations.values()}
     with ExitStack() as stack:
         engines = {device: CopyEngine(device) for device in devices}
         for device, engine in engines.items():

@@ -13,11 +13,15 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tiered_memory import PinnedArena
 from vllm_serverless_loader.checkpoint.index import (
@@ -29,6 +33,13 @@ from vllm_serverless_loader.checkpoint.index import (
     TensorEntry,
 )
 from vllm_serverless_loader.checkpoint.reader import open_checkpoint
+from vllm_serverless_loader.loading.device_push import (
+    DriverError,
+    RemoteMemory,
+    device_uuid,
+    export,
+    find_device,
+)
 from vllm_serverless_loader.loading.host_cache import CachedModel, HostCache, extents_of
 from vllm_serverless_loader.loading.options import LoadOptions
 
@@ -125,7 +136,7 @@ class StoreServer:
         try:
             while (request := _receive(connection)) is not None:
                 self._answer(connection, request, leases)
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # a client that died or speaks another protocol; what it held is released below
         finally:
             for lease in leases.values():
@@ -147,6 +158,10 @@ class StoreServer:
         elif operation == "release":
             leases.pop(int(request["lease"])).release()
             _send(connection, {})
+        elif operation == "push":
+            model, device, parts = leases[int(request["lease"])], str(request["device"]), request["parts"]
+            if _with_beats(connection, lambda: _push(model, device, parts)):
+                _send(connection, {"pinned": self.cache.arena.pinned})
         elif operation == "models":
             models = [{"path": path, "rank": rank} for path, rank in self.cache.models]
             used, capacity = self.cache.used_bytes, self.cache.capacity_bytes
@@ -155,38 +170,17 @@ class StoreServer:
             _send(connection, _refusal(ValueError(f"store: unknown operation {operation!r}")))
 
     def _open(self, connection: socket.socket, path: str, rank: int, leases: dict[int, CachedModel]) -> None:
-        outcome: list[CachedModel | BaseException] = []
-        finished = threading.Event()
+        number = max(leases, default=0) + 1
 
         def load() -> None:
-            try:
-                with open_checkpoint(path, rank=rank) as checkpoint:
-                    outcome.append(self.cache.load(checkpoint, options=self._options))
-            except BaseException as error:
-                outcome.append(error)
-            finished.set()
+            with open_checkpoint(path, rank=rank) as checkpoint:
+                leases[number] = self.cache.load(checkpoint, options=self._options)
 
-        thread = threading.Thread(target=load, name="store-load", daemon=True)
-        thread.start()
-        try:
-            while not finished.wait(_BEAT_S):
-                _send(connection, {"wait": True})
-        finally:
-            thread.join()
-            (result,) = outcome
-            if isinstance(result, CachedModel):
-                number = max(leases, default=0) + 1
-                leases[number] = result
-        if isinstance(result, BaseException):
-            _send(connection, _refusal(result))
+        if not _with_beats(connection, load):
             return
-        reply = {
-            "lease": number,
-            "hit": result.hit,
-            "path": str(result.path),
-            "index": _index_to_json(result.index),
-        }
-        _send(connection, {**reply, "chunks": list(result.chunks)})
+        model = leases[number]
+        reply = {"lease": number, "hit": model.hit, "path": str(model.path), "chunks": list(model.chunks)}
+        _send(connection, {**reply, "index": _index_to_json(model.index)})
 
     def __enter__(self) -> StoreServer:
         self.start()
@@ -204,12 +198,16 @@ class StoreClient:
     Args:
         socket_path: of the server.
         timeout_s: how long the server may be silent.
+        push: let the store copy into this process's GPU memory where it can.
 
     Raises:
         ConnectionError: nobody listens, or the server fell silent; the socket is named.
     """
 
-    def __init__(self, socket_path: str | os.PathLike[str], *, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, socket_path: str | os.PathLike[str], *, timeout_s: float = 5.0, push: bool = True
+    ) -> None:
+        self._pushes = push
         self.socket_path = Path(socket_path)
         self._lock = threading.Lock()
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -251,6 +249,9 @@ class StoreClient:
             with suppress(OSError):
                 self._request({"op": "release", "lease": lease})
 
+        def push(index: PartitionIndex, destinations: Mapping[str, Tensor]) -> bool:
+            return self._push(lease, index, destinations)
+
         return CachedModel(
             _index_from_json(reply["index"]),
             extents_of(self._arena.buffer, reply["chunks"], self._chunk_bytes),
@@ -259,7 +260,32 @@ class StoreClient:
             chunks=reply["chunks"],
             pinned=lambda: self._arena.pinned,
             release=release,
+            push=push if self._pushes else None,
         )
+
+    def _push(self, lease: int, index: PartitionIndex, destinations: Mapping[str, Tensor]) -> bool:
+        """Have the store copy into GPU memory; False, with one warning, where that is impossible."""
+        by_device: dict[torch.device, list[str]] = {}
+        for name, tensor in destinations.items():
+            by_device.setdefault(tensor.device, []).append(name)
+        try:
+            for device, names in by_device.items():
+                if device.type != "cuda":
+                    raise DriverError("not all tensors are on GPUs")
+                places = export([destinations[name] for name in names])
+                parts = [
+                    (handle, offset, index.tensors[name].offset, index.tensors[name].num_bytes)
+                    for name, (handle, offset) in zip(names, places, strict=True)
+                ]
+                # What the engine still does with this memory must be over.
+                torch.cuda.current_stream(device).synchronize()
+                message = {"op": "push", "lease": lease, "device": device_uuid(device), "parts": parts}
+                self._request(message)
+        except RuntimeError as error:
+            warnings.warn(f"{error}; copying by way of this process", RuntimeWarning, stacklevel=2)
+            self._pushes = False
+            return False
+        return True
 
     def models(self) -> list[dict[str, Any]]:
         """Cached models, ``{"path", "rank"}``, least recently used first."""
@@ -294,6 +320,44 @@ class StoreClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _with_beats(connection: socket.socket, work: Callable[[], None]) -> bool:
+    """Do ``work``, telling the client meanwhile to wait; its error goes to the client, and False is returned.
+
+    Raises:
+        OSError: the client is gone; ``work`` has ended.
+    """
+    errors: list[BaseException] = []
+    finished = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        finished.set()
+
+    thread = threading.Thread(target=run, name="store-work", daemon=True)
+    thread.start()
+    try:
+        while not finished.wait(_BEAT_S):
+            _send(connection, {"wait": True})
+    finally:
+        thread.join()
+    if errors:
+        _send(connection, _refusal(errors[0]))
+    return not errors
+
+
+def _push(model: CachedModel, device: str, parts: Sequence[tuple[str, int, int, int]]) -> None:
+    """Copy (IPC handle, offset in it, first byte, bytes) of a model into another process's GPU memory."""
+    with RemoteMemory(find_device(device)) as memory:
+        for handle, offset, start, num_bytes in parts:
+            done = 0
+            for part in model.extents.parts(int(start), int(num_bytes)):
+                memory.copy(handle, int(offset) + done, part)
+                done += part.numel()
 
 
 def _remove_dead_socket(path: Path) -> None:

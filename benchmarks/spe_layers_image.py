@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="few methods, one learning rate, 3 seeds, 300 steps"
     )
-    parser.add_argument("--images", nargs="+", default=["camera", "astronaut", "brick", "text"])
+    parser.add_argument("--images", nargs="+", default=["camera", "astronaut", "brick", "text", "coffee"])
     parser.add_argument("--data", type=Path, help="pictures written by --save-data")
     parser.add_argument("--save-data", type=Path, help="write the pictures and stop")
     arguments = parser.parse_args()
@@ -198,8 +198,8 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     choices: dict[str, Any] = {}
     for image, (x, y, mask) in data.items():
-        named, choices[image] = methods(x[mask], y[mask], quick=quick)
         halves = [t.to(arguments.device) for t in (x[mask], y[mask], x[~mask], y[~mask])]
+        named, choices[image] = methods(*halves[:2], quick=quick)
         start = time.perf_counter()
         found[image] = {
             name: train(build, halves, rates=rates, seeds=seeds, steps=steps) for name, build in named.items()

@@ -91,12 +91,12 @@ def use_kernels(x: Tensor, weight: Tensor, bands: Bands, backend: Backend) -> bo
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "eager" or (backend == "auto" and not (x.is_cuda and _HAS_TRITON)):
         return False
-    from spe_layers import kernels
+    from spe_layers import kernels, triton_kernels
 
     fits = kernels.supports(x.shape[-1], bands) and torch.float64 not in (x.dtype, weight.dtype)
     if backend == "auto":
         return fits
-    if not (x.is_cuda or kernels.INTERPRETED):
+    if not (x.is_cuda or triton_kernels.INTERPRETED):
         raise RuntimeError(
             "backend='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before triton is imported"
         )

@@ -114,7 +114,8 @@ def leave_one_out(kernel: Tensor, targets: Tensor, *, ridge: float = 1e-3) -> fl
     targets = targets.reshape(targets.shape[0], -1).to(kernel)
     targets = targets - targets.mean(0)
     shift = ridge * kernel.diagonal().mean()
-    factor = torch.linalg.cholesky(kernel + shift * torch.eye(len(kernel), dtype=kernel.dtype))
+    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor = torch.linalg.cholesky(kernel + shift * identity)
     inverse = torch.cholesky_inverse(factor)
     return float(((inverse @ targets) / inverse.diagonal()[:, None]).square().mean())
 

@@ -76,7 +76,10 @@ def select_bands(
             stacklevel=2,
         )
         return choices[0]
-    return _least_error(points, _target_rows(targets, len(points)), choices, max_points, generator)
+    rows = _draw(len(points), max_points, generator)
+    device = coordinates.device if coordinates.is_cuda else torch.device("cpu")
+    values = _target_rows(targets, len(points))[rows].to(device)
+    return _least_error(points[rows].to(device), values, choices)
 
 
 def _points(coordinates: Tensor) -> Tensor:
@@ -149,11 +152,7 @@ def _draw(count: int, limit: int, generator: torch.Generator) -> Tensor:
     return torch.arange(count) if count <= limit else torch.randperm(count, generator=generator)[:limit]
 
 
-def _least_error(
-    points: Tensor, targets: Tensor, choices: list[Bands], max_points: int, generator: torch.Generator
-) -> Bands:
-    rows = _draw(len(points), max_points, generator)
-    points, targets = points[rows], targets[rows]
+def _least_error(points: Tensor, targets: Tensor, choices: list[Bands]) -> Bands:
     # No margin in favour of fewer bands: a kernel hardly tells them apart where training needs them.
     return min(choices, key=lambda bands: (_selection_error(points, targets, bands), bands.num_bands))
 

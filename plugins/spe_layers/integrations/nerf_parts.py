@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -112,6 +113,16 @@ def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def nyquist_octaves(pixel_size: float, scale: float) -> int:
+    """Octaves whose frequencies two neighbouring pixels can tell apart; at least one.
+
+    Args:
+        pixel_size: distance between their rays where it is least, scene units: near plane over focal length.
+        scale: radians per unit in the lowest octave.
+    """
+    return max(1, math.floor(math.log2(math.pi / (pixel_size * scale))) + 1)
 
 
 def occlusion_loss(density: Tensor, distances: Tensor, *, samples: int, distance: float | None) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 try:
+    from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+    from nerfstudio.data.datasets.base_dataset import InputDataset
     from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
     from nerfstudio.field_components.encodings import Encoding
     from nerfstudio.field_components.field_heads import DensityFieldHead, FieldHeadNames, RGBFieldHead
@@ -30,6 +32,7 @@ from spe_layers.integrations.nerf_parts import (
     RayCritic,
     SkipInput,
     Trunk,
+    nyquist_octaves,
     occlusion_loss,
     xavier_linear,
 )
@@ -75,6 +78,8 @@ class SPENerfModelConfig(VanillaModelConfig):
     """Sine instead of ReLU in every layer of the trunk."""
     num_bands: int = 10
     """Octaves of the position encoding."""
+    bands: Literal["fixed", "nyquist"] = "fixed"
+    """nyquist: as many octaves as the training cameras' pixels resolve at the near plane, not num_bands."""
     direction_bands: int = 4
     """Octaves of the direction encoding."""
     scale: float = 1.0
@@ -173,6 +178,16 @@ class SPENerfField(Field):
         return {FieldHeadNames.RGB: self.field_output_rgb(h)}
 
 
+class CameraDataManager(VanillaDataManager[InputDataset]):
+    """nerfstudio's, which also hands the training cameras to the model: ``bands`` nyquist needs them."""
+
+    def create_train_dataset(self) -> InputDataset:
+        """Dataset of training views; its metadata, which the model receives, has their cameras."""
+        dataset = super().create_train_dataset()
+        dataset.metadata["cameras"] = dataset.cameras
+        return dataset
+
+
 class _NoLpips(nn.Module):
     """Stands where LPIPS would be; its value is removed from the metrics."""
 
@@ -188,10 +203,28 @@ class _SPEModel(Model):
     def _fields(self) -> list[SPENerfField]:
         raise NotImplementedError
 
+    def _position_bands(self) -> Bands:
+        config = self.config
+        count = config.num_bands
+        if config.bands == "nyquist":
+            cameras = (self.kwargs.get("metadata") or {}).get("cameras")
+            if cameras is None:
+                raise ValueError(
+                    "bands 'nyquist' needs the training cameras: use the data manager of spe-nerf "
+                    "(spe_layers.integrations.nerfstudio.CameraDataManager), or set num_bands"
+                )
+            near = (config.collider_params or {}).get("near_plane", 0.0)
+            if not near > 0:
+                raise ValueError(
+                    f"bands 'nyquist' needs a positive near_plane in collider_params, got {near}"
+                )
+            count = nyquist_octaves(near / float(cameras.fx.max()), config.scale)
+        return Bands.octaves(count, scale=config.scale, decay=config.decay)
+
     def _build_field(self, *, integrated: bool) -> SPENerfField:
         config = self.config
         return SPENerfField(
-            bands=Bands.octaves(config.num_bands, scale=config.scale, decay=config.decay),
+            bands=self._position_bands(),
             direction_bands=Bands.octaves(config.direction_bands),
             first_layer=config.first_layer,
             direction_first_layer=config.direction_first_layer,
@@ -222,8 +255,7 @@ class _SPEModel(Model):
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
             self.lpips = LearnedPerceptualImagePatchSimilarity(normalize=True)
-        bands = Bands.octaves(config.num_bands, scale=config.scale, decay=config.decay)
-        self.annealing = FrequencyAnnealing(bands, config.annealing_steps)
+        self.annealing = FrequencyAnnealing(self._position_bands(), config.annealing_steps)
         self.critic = RayCritic() if config.adversarial_loss != "none" else None
 
     def update_to_step(self, step: int) -> None:

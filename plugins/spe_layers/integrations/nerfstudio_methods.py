@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spe_layers.integrations.nerfstudio import SPEMipNerfModel, SPENerfModelConfig
+from spe_layers.integrations.nerfstudio import CameraDataManager, SPEMipNerfModel, SPENerfModelConfig
 
 # isort: split
 from nerfstudio.configs.base_config import ViewerConfig
@@ -24,7 +24,10 @@ def _trainer(method_name: str, model: SPENerfModelConfig, **trainer_options: Any
         method_name=method_name,
         max_num_iterations=STEPS,
         pipeline=VanillaPipelineConfig(
-            datamanager=VanillaDataManagerConfig(dataparser=BlenderDataParserConfig()), model=model
+            datamanager=VanillaDataManagerConfig(
+                _target=CameraDataManager, dataparser=BlenderDataParserConfig()
+            ),
+            model=model,
         ),
         optimizers={
             "fields": {"optimizer": RAdamOptimizerConfig(lr=5e-4, eps=1e-8), "scheduler": None},

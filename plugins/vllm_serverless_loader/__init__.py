@@ -26,6 +26,14 @@ _MODULE_OF = {
     "load_checkpoint": "checkpoint.reader",
     "open_checkpoint": "checkpoint.reader",
     "write_partition": "checkpoint.writer",
+    "Engine": "migration.request",
+    "MigrationError": "migration.request",
+    "MigrationReport": "migration.request",
+    "RequestState": "migration.request",
+    "SimulatedEngine": "migration.simulated_engine",
+    "Token": "migration.request",
+    "TokenRouter": "migration.router",
+    "VLLMEngine": "vllm_engine",
 }
 
 __all__ = ["register", *_MODULE_OF]  # noqa: PLE0604 - the table's keys are strings

@@ -229,9 +229,7 @@ class HostCache:
         self.chunk_bytes = chunk_bytes
         self.capacity_bytes = count * chunk_bytes
         threads = min(16, len(os.sched_getaffinity(0)))
-        self.arena = PinnedArena(
-            self.capacity_bytes, pinned=pinned or False, shared=shared, threads=threads
-        )
+        self.arena = PinnedArena(self.capacity_bytes, pinned=pinned or False, shared=shared, threads=threads)
         self._buffer = self.arena.buffer
         self._free = set(range(count))
         self._entries: OrderedDict[ModelId, _Entry] = OrderedDict()

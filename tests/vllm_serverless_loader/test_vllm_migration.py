@@ -1,0 +1,123 @@
+"""Migration between two real vLLM engines, each with a process of its own (SL-14 to SL-16)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_serverless_loader import MigrationError, RequestState, TokenRouter
+
+pytestmark = pytest.mark.vllm
+
+MODEL = str(Path("examples/tiny_moe/model").resolve())
+BLOCK = 32
+TOKENS = 120
+PROMPTS = [tuple((7 * i + j * j) % 250 + 2 for j in range(40 + 30 * i)) for i in range(3)]
+
+
+def start():
+    from vllm_serverless_loader import VLLMEngine
+
+    return VLLMEngine.start(
+        MODEL,
+        dtype="float32",
+        load_format="serverless_llm",
+        block_size=BLOCK,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        disable_log_stats=True,
+        seed=0,
+    )
+
+
+def requests(tag):
+    sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
+    return [RequestState(f"{tag}{n}", prompt, sampling=sampling) for n, prompt in enumerate(PROMPTS)]
+
+
+def serve(router, tag):
+    async def collect(state):
+        return [token.id async for token in router.generate(state)]
+
+    return [asyncio.ensure_future(collect(state)) for state in requests(tag)]
+
+
+async def after(router, tokens):
+    while not router.requests() or min(len(one.output_token_ids) for one in router.requests()) < tokens:
+        await asyncio.sleep(0.005)
+
+
+def engine_processes():
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_sl14_real_engines_move_streams_and_survive_failures():
+    """One test, because two engines take long to start; the steps are in order of how much they break."""
+
+    async def run():
+        before = engine_processes()
+        source = start()
+        first = engine_processes() - before
+        destination = start()
+        second = engine_processes() - before - first
+        assert first
+        assert second
+        try:
+            router = TokenRouter(source)
+            expected = await asyncio.gather(*serve(router, "plain"))
+            assert all(len(ids) == TOKENS for ids in expected)
+
+            streams = serve(router, "moves")
+            await after(router, 20)
+            report = await router.migrate(destination, max_gap_tokens=4, max_rounds=4)
+            assert await asyncio.gather(*streams) == expected
+            assert router.engine is destination
+            assert [one.outcome for one in report.requests] == ["migrated"] * 3
+            for one in report.requests:
+                known = 0
+                for step in one.rounds:
+                    # SL-15; the first prefill may find blocks of an earlier request with the same prompt.
+                    law = step.context_tokens - BLOCK * (min(known, step.context_tokens - 1) // BLOCK)
+                    assert step.computed_tokens == law
+                    known = step.context_tokens
+
+            leaving, *staying = serve(router, "leaves")
+            await after(router, 5)
+            moving = asyncio.ensure_future(router.migrate(source))
+            await asyncio.sleep(0.01)
+            leaving.cancel()
+            await moving
+            assert await asyncio.gather(*staying) == expected[1:]
+            assert router.requests() == ()
+            for _ in range(100):
+                left = source.llm.output_processor.get_num_unfinished_requests()
+                left += destination.llm.output_processor.get_num_unfinished_requests()
+                if not left:
+                    break
+                await asyncio.sleep(0.02)
+            assert left == 0
+
+            streams = serve(router, "stays")
+            await after(router, 20)
+            for pid in second:
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(MigrationError, match="the destination failed"):
+                await router.migrate(destination)
+            assert router.engine is source
+            assert await asyncio.gather(*streams) == expected
+        finally:
+            source.shutdown()
+            destination.shutdown()
+        for _ in range(200):
+            if not engine_processes() - before:
+                break
+            await asyncio.sleep(0.05)
+        assert engine_processes() <= before
+
+    asyncio.run(run())

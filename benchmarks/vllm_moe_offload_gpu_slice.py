@@ -1,27 +1,19 @@
-"""First figures on a GPU: is offload lossless with graphs, what does a step cost, what do copies reach?
+"""Can vLLM's Triton expert kernel read experts where they lie in pinned host memory, and how fast?
 
-    python benchmarks/vllm_moe_offload_gpu_slice.py [--out DIR] [--layers 6]
+    python benchmarks/vllm_moe_offload_gpu_slice.py [--out DIR]
 
-One process, less than four minutes on one H100 or H200 with vLLM 0.26.0. Parts, in this order, each reported
-even if a later one fails:
+Half a minute on one H100 or H200 with vLLM 0.26.0. Each part is reported even if a later one fails:
   link       measured pinned and pageable bandwidth
   one_layer  vLLM's Triton expert kernel on: one array a tensor, records, half the experts read in place from
              pinned host memory by out-of-range rows, the same after a copy, after a pull by a gather kernel
-  engine     Qwen3-MoE shape (hidden 2048, 128 experts of 768, top-8) with dummy weights under vLLM's default
-             graphs: plain, ours all resident, ours at 50 % and 25 %; step times at batch 1 and 8; equal ids
-The engines run one after the other (two do not fit one process): step times compare engines, not interleaved
-blocks, and the spread is that of the steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -202,145 +194,6 @@ def one_batch(batch, plain, slots, host, layout, own, in_place) -> dict:  # noqa
     }
 
 
-def fast_dummy_weights(module, model_config, *args, **kwargs) -> None:
-    """Random weights at memory speed (vLLM's own take minutes on the host for gigabytes of experts)."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.empty(1 << 20).uniform_(-0.05, 0.05, generator=generator)
-    for parameter in module.state_dict().values():
-        if parameter.is_floating_point() and parameter.numel():
-            flat = parameter.data.view(-1)
-            # Odd offsets, so that layers and experts differ.
-            start = parameter.numel() % 9973
-            tile = noise.roll(start).to(parameter.dtype).to(parameter.device)
-            whole = flat.numel() // tile.numel() * tile.numel()
-            flat[:whole].view(-1, tile.numel()).copy_(tile.expand(whole // tile.numel(), -1))
-            flat[whole:].copy_(tile[: flat.numel() - whole])
-
-
-def write_config(folder: Path, layers: int) -> None:
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INTERMEDIATE,
-        "intermediate_size": 6144,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def step_times(llm, batch: int, steps: int) -> tuple[list[float], list[list[int]]]:
-    """Milliseconds of each decode step and the ids generated."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
-    for row in range(batch):
-        prompt = {"prompt_token_ids": [(row * 977 + 31 * position) % 31000 for position in range(16)]}
-        llm.llm_engine.add_request(f"{batch}-{row}", prompt, params)
-    times, finished = [], {}
-    while llm.llm_engine.has_unfinished_requests():
-        start = time.perf_counter()
-        for output in llm.llm_engine.step():
-            if output.finished:
-                finished[output.request_id] = list(output.outputs[0].token_ids)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times[4:-2], [finished[key] for key in sorted(finished)]
-
-
-def run_engine(folder: Path, options: dict | None, layers: int) -> dict:
-    from vllm import LLM
-
-    import vllm_moe_offload
-
-    arguments = {"additional_config": {"moe_offload": options}} if options else {}
-    start = time.perf_counter()
-    llm = LLM(
-        model=str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=8,
-        gpu_memory_utilization=0.5,
-        enable_prefix_caching=False,
-        distributed_executor_backend="uni",
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
-        seed=0,
-        **arguments,
-    )
-    report: dict = {"start_seconds": time.perf_counter() - start}
-    try:
-        report["cudagraph_mode"] = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
-        for batch in (1, 8):
-            step_times(llm, batch, 16)
-            if options:
-                before = vllm_moe_offload.stats(llm)[0]
-                vllm_moe_offload.moved_bytes()
-            began = time.perf_counter()
-            times, ids = step_times(llm, batch, 48)
-            elapsed = time.perf_counter() - began
-            result = {"step_ms": summary(times), "ids": ids}
-            if options:
-                after = vllm_moe_offload.stats(llm)[0]
-                counts = {
-                    name: after[name] - before[name]
-                    for name in ("accesses", "hits", "late", "misses", "copies", "waves")
-                }
-                moved = vllm_moe_offload.moved_bytes()["dram->hbm"]
-                result |= {
-                    **counts,
-                    "hit_rate": counts["hits"] / max(counts["accesses"], 1),
-                    "moved_bytes": moved,
-                    "moved_bytes_per_s_of_run": moved / elapsed,
-                }
-            report[f"batch_{batch}"] = result
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        torch.cuda.empty_cache()
-    return report
-
-
-def engines(layers: int, save) -> dict:
-    from vllm.model_executor.model_loader import dummy_loader
-
-    dummy_loader.initialize_dummy_weights = fast_dummy_weights
-    report: dict = {"layers": layers}
-    arms = {
-        "plain": None,
-        "ours_all_resident": {"cache_fraction": 1.0, "policy": "lru"},
-        "ours_50": {"cache_fraction": 0.5, "policy": "lru"},
-        "ours_25": {"cache_fraction": 0.25, "policy": "lru"},
-    }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_config(folder, layers)
-        for arm, options in arms.items():
-            report[arm] = run_engine(folder, options, layers)
-            for batch in ("batch_1", "batch_8"):
-                ids = report[arm][batch]["ids"]
-                report[arm][batch]["ids_equal_plain"] = ids == report["plain"][batch]["ids"]
-            save(report)
-    for arm in arms:
-        for batch in ("batch_1", "batch_8"):
-            report[arm][batch].pop("ids")
-    return report
-
-
 def headline(parts: dict) -> list[Headline]:
     """The figures worth quoting of the parts that ran."""
     rows = [
@@ -360,25 +213,13 @@ def headline(parts: dict) -> list[Headline]:
             time_ms = found["ms"]
             what = f"one layer, {batch.replace('_', ' ')}: {arm}"
             rows.append(Headline(what, time_ms["median"], "ms", time_ms["min"], time_ms["max"], note=note))
-    for arm, engine in parts.get("engine", {}).items():
-        for batch in ("batch_1", "batch_8") if isinstance(engine, dict) else ():
-            found = engine[batch]
-            note = f"graphs {engine['cudagraph_mode']}, ids equal plain: {found['ids_equal_plain']}"
-            if "hit_rate" in found:
-                note += f", hit rate {found['hit_rate']:.3f}"
-            time_ms = found["step_ms"]
-            what = f"engine, {batch.replace('_', ' ')}: {arm}"
-            rows.append(
-                Headline(what, time_ms["median"], "ms/step", time_ms["min"], time_ms["max"], note=note)
-            )
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--parts", default="link,one_layer,engine")
+    parser.add_argument("--parts", default="link,one_layer")
     arguments = parser.parse_args()
     result: dict = {}
 
@@ -386,7 +227,7 @@ def main() -> int:
         result[name] = part
         write_result(
             "vllm_moe_offload_gpu_slice",
-            question="Is offload lossless on a GPU, what does a step cost, can experts be read in place?",
+            question="Can vLLM's expert kernel read experts in place from pinned host memory, and how fast?",
             headline=headline({key: value for key, value in result.items() if "error" not in value}),
             samples={},
             folder=arguments.out,
@@ -402,7 +243,6 @@ def main() -> int:
     parts = {
         "link": link,
         "one_layer": one_layer,
-        "engine": lambda: engines(arguments.layers, lambda report: save(report, "engine")),
     }
     failed = 0
     for name in arguments.parts.split(","):

@@ -11,6 +11,8 @@ from typing import Any
 
 _MODULE_OF = {
     "CacheStats": "counters",
+    "DirectCache": "direct",
+    "DiskExpertStore": "disk_store",
     "EAMCollection": "eam",
     "EAMPredictor": "predictor",
     "EAMTracer": "eam",
@@ -24,6 +26,7 @@ _MODULE_OF = {
     "ReplayResult": "simulator",
     "RoutingTrace": "trace",
     "SlabLayout": "store",
+    "TieredExpertStore": "disk_store",
     "collect_trace": "vllm_runner",
     "eam_distance": "eam",
     "get_cache": "vllm_runner",

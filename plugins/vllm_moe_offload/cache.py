@@ -167,7 +167,7 @@ class ExpertCache:
         self._pins[held] += 1
         try:
             taken = self._take(int(missing.sum()))
-            copy = self._copy_in(keys[missing], taken)
+            copies = self._copy_in(keys[missing], taken)
         except BaseException:
             self._pins[held] -= 1
             raise
@@ -175,7 +175,7 @@ class ExpertCache:
         self._pins[taken] += 1
         self._count(keys, slots, missing)
         self._pinned_by.setdefault(layer, []).append(slots)
-        self._arrive(layer, slots, copy)
+        self._arrive(layer, slots, copies)
         return torch.from_numpy(self._slot_of[ids + first].astype(np.int64))
 
     def release(self, layer: int) -> None:
@@ -199,8 +199,7 @@ class ExpertCache:
         if not self._free and not self._candidates().any():
             return False
         (slot,) = self._take(1)
-        copy = self._copy_in(np.asarray([key]), np.asarray([slot], dtype=np.int32))
-        assert copy is not None
+        (copy,) = self._copy_in(np.asarray([key]), np.asarray([slot], dtype=np.int32))
         self._copy_of[int(slot)] = copy
         self._flying[slot] = self._unused[slot] = True
         self.policy.on_prefetch(key)
@@ -257,29 +256,28 @@ class ExpertCache:
         self, keys: npt.NDArray[np.int64], slots: npt.NDArray[np.int32], missing: npt.NDArray[np.bool_]
     ) -> None:
         counters = self.counters
-        for key, slot, absent in zip(keys.tolist(), slots.tolist(), missing.tolist(), strict=True):
-            hit = not absent and self._arrived(slot)
-            counters.accesses += 1
-            counters.hits += hit
-            counters.misses += absent
-            counters.late += not hit and not absent
-            if self._unused[slot]:
-                self._unused[slot] = False
-                counters.prefetch_used += 1
-            self.policy.on_access(key, hit)
+        late = sum(not self._arrived(int(slot)) for slot in slots[self._flying[slots] & ~missing])
+        counters.accesses += len(keys)
+        counters.misses += int(missing.sum())
+        counters.late += late
+        counters.hits += len(keys) - int(missing.sum()) - late
+        counters.prefetch_used += int(self._unused[slots].sum())
+        self._unused[slots] = False
+        self.policy.on_accesses(keys)
 
-    def _copy_in(self, keys: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> Copy | None:
-        """Submit the copies of absent experts into empty slots and map them; None for no expert."""
+    def _copy_in(self, keys: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> list[Copy]:
+        """Submit the copies of absent experts into empty slots and map them."""
         if not len(keys):
-            return None
-        pairs = []
-        for key, slot in zip(keys.tolist(), slots.tolist(), strict=True):
-            layer, expert = divmod(key, self.store.num_experts)
-            pairs += self._pairs(layer, expert, slot)
+            return []
         after = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        copies = []
         try:
-            copy = self._engine.submit(pairs, after=after)
+            for key, slot in zip(keys.tolist(), slots.tolist(), strict=True):
+                layer, expert = divmod(key, self.store.num_experts)
+                copies.append(self._engine.submit(self._pairs(layer, expert, slot), after=after))
+                self.store.in_use(layer, expert, copies[-1])
         except BaseException:
+            # What was submitted is ahead of whatever these slots get next.
             self._free += reversed(slots.tolist())
             raise
         for key, slot in zip(keys.tolist(), slots.tolist(), strict=True):
@@ -289,7 +287,7 @@ class ExpertCache:
         self.counters.bytes_host_to_device += nbytes
         if self._count_traffic:
             count_moved("dram->hbm", nbytes)
-        return copy
+        return copies
 
     def _pairs(self, layer: int, expert: int, slot: int) -> list[tuple[Tensor, Tensor]]:
         record = self.store.record(layer, expert)
@@ -301,14 +299,14 @@ class ExpertCache:
             return [(self.views[name][slot], source[name]) for name in self.views]
         return [(self._slabs[slot], record)]
 
-    def _arrive(self, layer: int, slots: npt.NDArray[np.int32], copy: Copy | None) -> None:
+    def _arrive(self, layer: int, slots: npt.NDArray[np.int32], copies: list[Copy]) -> None:
         """Wait for a layer's own copies and its late ones; undo them if one failed."""
         started = time.perf_counter()
         flying = [int(slot) for slot in slots if self._flying[slot]]
         try:
             for slot in flying:
                 self._land(slot, self._copy_of[slot].wait)
-            if copy is not None:
+            for copy in copies:
                 copy.wait()
         except BaseException:
             self.release(layer)

@@ -18,7 +18,6 @@ _CHOICES = {
     "policy": POLICIES,
     "prefetch": PREFETCHERS,
     "miss": ("auto", "copy", "direct"),
-    "prefill": ("auto", "stream", "waves"),
 }
 _UNITS = {
     "": 1,
@@ -53,8 +52,9 @@ class MoEOffloadConfig:
         policy: eviction policy.
         prefetch: predictor whose choices are fetched ahead.
         prefetch_budget: at most this share of the slots may hold prefetched experts not used yet.
-        miss: how a missing expert is served: copied into a slot, or read in place (``direct``).
-        prefill: how a step that needs more experts than there are slots is served.
+        miss: how a missing expert is served. ``direct``: by the device, which copies it into a slot that the
+            host gave up, or reads it from host memory in place; no step waits for the host. ``copy``: by
+            the host, layer for layer. ``auto``: ``direct`` on a GPU, else ``copy``.
         host_memory: bytes of host memory for experts; what exceeds it lives in ``disk_path``.
         disk_path: file of experts on disk.
         eam_capacity: requests kept in the collection of expert activation matrices.
@@ -71,7 +71,6 @@ class MoEOffloadConfig:
     prefetch: str = "eam"
     prefetch_budget: float = 0.25
     miss: str = "auto"
-    prefill: str = "auto"
     host_memory: int | None = None
     disk_path: str | None = None
     eam_capacity: int = 1000
@@ -107,6 +106,10 @@ class MoEOffloadConfig:
                 raise ValueError(f"moe_offload: {name} must be a path; got {getattr(self, name)!r}")
         if self.host_memory is not None and self.disk_path is None:
             raise ValueError("moe_offload: host_memory needs disk_path, where the other experts live")
+        if self.disk_path is not None and self.host_memory is None:
+            raise ValueError("moe_offload: disk_path needs host_memory, the bytes of experts kept in memory")
+        if self.disk_path is not None and self.miss == "direct":
+            raise ValueError("moe_offload: miss='direct' needs all experts in host memory, not in disk_path")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, object]) -> MoEOffloadConfig:

@@ -22,6 +22,7 @@ class CacheStats:
         prefetch_used: of these, requested before they were evicted.
         copies: copies from host to device.
         bytes_host_to_device: ``copies`` times the bytes of an expert's tensors.
+        in_place: misses that were read from host memory without being copied.
         bytes_disk_to_host: bytes read from the file of experts.
         waves: passes over parts of a layer's experts beyond the first one of each layer and step.
         stall_seconds: time that layers waited for experts, as far as the host can see it.
@@ -36,6 +37,7 @@ class CacheStats:
     prefetch_used: int = 0
     copies: int = 0
     bytes_host_to_device: int = 0
+    in_place: int = 0
     bytes_disk_to_host: int = 0
     waves: int = 0
     stall_seconds: float = 0.0
@@ -52,6 +54,8 @@ def count_moved(link: str, nbytes: int) -> None:
 
 def moved_bytes() -> dict[str, int]:
     """Bytes this process moved over each link since the last call: ``"dram->hbm"``, ``"disk->dram"``.
+
+    Reads in place count like copies: the bytes cross the same link.
 
     On a CPU, where expert slots are memory like any other, ``"dram->hbm"`` counts the copies into slots.
     """

@@ -105,10 +105,12 @@ class OffloadSystem(PlainSystem):
         seconds, after = time.perf_counter() - begin, self._counters()
         accesses = after["accesses"] - before["accesses"]
         hits = after["hits"] - before["hits"]
-        result.values["hit_rate"] = hits / accesses if accesses else None
+        slots, experts = self._slot_and_expert_bytes()
+        # With a slot for every expert nothing is counted, because nothing can be missed.
+        result.values["hit_rate"] = hits / accesses if accesses else 1.0 if slots == experts else None
         moved = sum(sum(step.moved_bytes.values()) for step in result.steps)
         result.values["moved_bytes_per_s"] = moved / seconds
-        result.values["expert_memory_bytes"] = self._slot_and_expert_bytes()[0]
+        result.values["expert_memory_bytes"] = slots
         return result
 
     def _slot_and_expert_bytes(self) -> tuple[int, int]:

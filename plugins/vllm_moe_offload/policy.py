@@ -18,7 +18,7 @@ class EvictionPolicy(ABC):
     """History of accesses plus a rank; the candidate of lowest rank is evicted, ties the oldest access.
 
     Subclasses rank; they may extend the hooks, which the cache calls in this order: ``on_layer`` before a
-    layer is served, ``on_access`` for each of its distinct experts in ascending order, ``on_evict``.
+    layer is served, ``on_accesses`` with its distinct experts in ascending order, ``on_evict``.
     """
 
     name: str
@@ -40,8 +40,12 @@ class EvictionPolicy(ABC):
 
     def on_access(self, key: int, hit: bool) -> None:
         """The expert ``key`` was requested and ``hit`` says whether it was resident."""
-        self._last_access[key] = self._now
-        self._now += 1
+        self.on_accesses(np.asarray([key], dtype=np.int64))
+
+    def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:
+        """Distinct experts of one layer were requested, in this order."""
+        self._last_access[keys] = np.arange(self._now, self._now + len(keys))
+        self._now += len(keys)
 
     def on_prefetch(self, key: int) -> None:
         """The expert ``key`` was fetched ahead: as young as an access, but none."""
@@ -99,9 +103,9 @@ class LeastFrequentlyUsed(EvictionPolicy):
         super().__init__(num_layers, num_experts)
         self._accesses = np.zeros(num_layers * num_experts, dtype=np.int64)
 
-    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
-        super().on_access(key, hit)
-        self._accesses[key] += 1
+    def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
+        super().on_accesses(keys)
+        self._accesses[keys] += 1
 
     def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return self._accesses[keys]
@@ -140,9 +144,9 @@ class ActivationAwareReference(EvictionPolicy):
         super().__init__(num_layers, num_experts)
         self._visits = np.zeros(num_layers * num_experts, dtype=np.int64)
 
-    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
-        super().on_access(key, hit)
-        self._visits[key] += 1
+    def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
+        super().on_accesses(keys)
+        self._visits[keys] += 1
 
     def on_evict(self, key: int) -> None:  # noqa: D102
         self._visits[key] = 0
@@ -169,9 +173,9 @@ class LeastStale(EvictionPolicy):
         self._pass += layer < self.layer or (layer == self.layer and self.num_layers == 1)
         super().on_layer(layer, share)
 
-    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
-        super().on_access(key, hit)
-        self._last_pass[key] = self._pass
+    def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
+        super().on_accesses(keys)
+        self._last_pass[keys] = self._pass
 
     def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         ahead = (keys // self.num_experts - self.layer) % self.num_layers

@@ -85,10 +85,10 @@ class Belady(EvictionPolicy):
         self._upcoming = upcoming
         self._seen = 0
 
-    def on_access(self, key: int, hit: bool) -> None:  # noqa: D102
-        super().on_access(key, hit)
-        self._upcoming[key] = self._following[self._seen]
-        self._seen += 1
+    def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
+        super().on_accesses(keys)
+        self._upcoming[keys] = self._following[self._seen : self._seen + len(keys)]
+        self._seen += len(keys)
 
     def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return -self._upcoming[keys]
@@ -239,7 +239,8 @@ class _Replay:
         end = self._clock.now + self._link.layer_seconds
         self._queue.pump()
         while self._cache.in_flight and self._clock.now < end:
-            self._clock.advance(min(self._link.copy_seconds, end - self._clock.now))
+            # A little more than the copy takes, so that rounding never leaves it unfinished.
+            self._clock.advance(min(self._link.copy_seconds * (1 + 1e-9), end - self._clock.now))
             self._queue.pump()
         self._clock.advance(max(end - self._clock.now, 0.0))
 

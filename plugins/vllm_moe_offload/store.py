@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiered_memory import PinnedArena
+from tiered_memory import Copy, PinnedArena
 
 _RECORD_ALIGN = 4096  # direct I/O reads whole records
 _TENSOR_ALIGN = 256  # widest vector load of a kernel, with room
@@ -117,6 +117,9 @@ class ExpertStore(ABC):
         """The expert's record in host memory without a copy, uint8 ``[layout.nbytes]``; None if not there."""
         return None
 
+    def in_use(self, layer: int, expert: int, copy: Copy) -> None:  # noqa: B027 - a hook, most need none
+        """``copy`` reads what :meth:`record` returned; it must stay as it is until the copy is done."""
+
     @abstractmethod
     def _read(self, layer: int, expert: int, out: Tensor) -> None: ...
 
@@ -134,16 +137,23 @@ class HostExpertStore(ExpertStore):
     Args:
         layers: for each layer its tensors, ``[experts, ...]`` each, all layers alike. They are copied.
         pin_memory: as ``pinned`` of :class:`tiered_memory.PinnedArena`.
+        aligned_to: an address; every record starts a whole number of records away from it.
 
     Raises:
         ValueError: no layer, or layers that differ.
         MemoryError: the host lacks the memory, or it cannot be pinned.
     """
 
-    def __init__(self, layers: Sequence[Mapping[str, Tensor]], *, pin_memory: bool | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Mapping[str, Tensor]],
+        *,
+        pin_memory: bool | None = None,
+        aligned_to: int | None = None,
+    ) -> None:
         if not layers:
             raise ValueError("experts: no layer given")
-        self._pin_memory = pin_memory
+        self._pin_memory, self._aligned_to = pin_memory, aligned_to
         self._arenas: list[PinnedArena] = []
         self._slabs: list[Tensor] = []
         self.layout = SlabLayout.from_tensors(layers[0])
@@ -166,8 +176,12 @@ class HostExpertStore(ExpertStore):
                 f"experts: layer {self.num_layers} differs from layer 0 in names, shapes or dtypes"
             )
         # Pinned after the copy: populating twice would cost seconds per GiB.
-        arena = PinnedArena(num_experts * layout.nbytes, pinned=False)
-        slabs = arena.empty((num_experts, layout.nbytes))
+        spare = 0 if self._aligned_to is None else layout.nbytes
+        arena = PinnedArena(num_experts * layout.nbytes + spare, pinned=False)
+        start = (
+            0 if self._aligned_to is None else (self._aligned_to - arena.buffer.data_ptr()) % layout.nbytes
+        )
+        slabs = arena.buffer[start : start + num_experts * layout.nbytes].view(num_experts, layout.nbytes)
         for name, view in layout.views(slabs).items():
             view.copy_(tensors[name])
         if self._pin_memory or (self._pin_memory is None and torch.cuda.is_available()):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.config import MoEOffloadConfig
-from vllm_moe_offload.kernels import remap_expert_ids
+from vllm_moe_offload.copy_serving import CopyServing
+from vllm_moe_offload.direct import DirectCache
 from vllm_moe_offload.runtime import LayerHandle, ModelOffload
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -22,7 +20,6 @@ logger = logging.getLogger("vllm.moe_offload")
 KEY = "moe_offload"
 LOWEST_VLLM = "0.25.1"
 _SUFFIX = ".moe_offload"
-_MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
 def probe() -> None:
@@ -138,20 +135,12 @@ def offload_of(vllm_config: Any) -> ModelOffload | None:
     return None
 
 
-def _refuse_unbuilt(options: Mapping[str, object]) -> None:
-    """Raise NotImplementedError naming an option whose mechanism is not there yet."""
-    built = {
-        "prefetch": "none",
-        "miss": "copy",
-        "prefill": "waves",
-        "host_memory": None,
-        "disk_path": None,
-    }
-    for name, value in built.items():
-        if options.get(name, value) not in (value, "auto"):
-            raise NotImplementedError(
-                f"moe_offload: option {name}={options[name]!r} is not built yet; leave it out"
-            )
+def _refuse_unbuilt(config: MoEOffloadConfig) -> None:
+    """Raise NotImplementedError naming an option whose mechanism is not there."""
+    if "gate" in config.prefetch:
+        raise NotImplementedError(
+            f"moe_offload: prefetch={config.prefetch!r} is not built yet; use 'eam' or 'none'"
+        )
 
 
 def _refuse_features(vllm_config: Any) -> None:
@@ -177,28 +166,29 @@ def _refuse_features(vllm_config: Any) -> None:
         )
 
 
-def _lower_graphs(vllm_config: Any) -> None:
-    """Keep expert layers out of CUDA graphs: they decide on the host what to copy."""
-    from vllm.config import CompilationMode, CUDAGraphMode
+def _without_graphs(vllm_config: Any) -> None:
+    """Turn CUDA graphs off: the host decides at each layer what to copy.
+
+    Graphs cut at the expert layers would not do. vLLM replays a piece on the addresses of its capture, and an
+    expert layer returns a new tensor, so that the next piece would read whatever lies where the old one was.
+    """
+    from vllm.config import CUDAGraphMode
 
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
-    if mode is None or mode == CUDAGraphMode.NONE:
-        return
-    piecewise = compilation.mode == CompilationMode.VLLM_COMPILE and compilation.splitting_ops
-    if piecewise:
-        compilation.splitting_ops += [op for op in _MOE_OPS if op not in compilation.splitting_ops]
-    lowered = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
-    if mode != lowered:
-        compilation.cudagraph_mode = lowered
-        logger.info("moe_offload: CUDA graphs lowered from %s to %s", mode.name, lowered.name)
+    if mode is not None and mode != CUDAGraphMode.NONE:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        logger.info(
+            "moe_offload: miss='copy' needs the host at each layer; CUDA graphs (%s) are off", mode.name
+        )
 
 
-class _OffloadMixin:
+class _OffloadMixin(CopyServing):
     """Comes before a RoutedExperts class; becomes that class again where the engine has no options for us.
 
-    The layer's expert Parameters keep their identity and get the slots as data. Each forward pass makes the
-    experts that the router chose resident and runs vLLM's own kernel on ids remapped to slots.
+    The layer's expert Parameters keep their identity and get the slots as data. Each forward pass has the
+    experts that the router chose made resident, by the device or by the host, and runs vLLM's own kernel on
+    rows. Where all experts have a slot, the layer works as vLLM wrote it.
     """
 
     _plain_class: type
@@ -221,7 +211,7 @@ class _OffloadMixin:
             plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
             return
         config = MoEOffloadConfig.from_dict(options)
-        _refuse_unbuilt(options)
+        _refuse_unbuilt(config)
         _refuse_features(vllm_config)
         super().__init__(*args, **kwargs)
         self._refuse_monolithic()
@@ -268,108 +258,29 @@ class _OffloadMixin:
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         """As RoutedExperts.forward_modular; vLLM runs the shared experts itself (no all-to-all here)."""
+        if self._handle.pool < 0:
+            return super().forward_modular(  # type: ignore[misc]
+                x, topk_weights, topk_ids, shared_experts, shared_experts_input
+            )
+        if self.offload.direct:
+            return self._serve_direct(x, topk_weights, topk_ids)
         return torch.ops.vllm.moe_offload_apply(x, topk_weights, topk_ids, self._op_name)
 
-    def serve(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Run the layer: experts into slots, then vLLM's kernel, in waves if they do not fit at once."""
-        offload = self.offload
-        offload.take_over()
-        cache = offload.caches[self._handle.pool]
-        if offload.step is None:
-            # Profiling: the output is not used, only its cost counts.
-            return self._apply(x, topk_weights, topk_ids % min(cache.num_slots, self.local_num_experts))
-        rows = min(offload.step.num_tokens, topk_ids.shape[0])
-        if rows < topk_ids.shape[0]:
-            # Padding rows hold leftovers: they must not cause copies.
-            topk_ids = topk_ids.clone()
-            topk_ids[rows:] = topk_ids[0]
-        chosen = topk_ids[:rows].cpu().numpy()
+    def _serve_direct(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Run the layer without the host: the device finds or fetches the experts."""
+        cache = self.offload.caches[self._handle.pool]
+        assert isinstance(cache, DirectCache)
         layer = self._handle.index
-        needed = np.unique(chosen)
-        offload.before_layer(self._handle)
-        if len(needed) <= cache.num_slots:
-            with _resident(cache, layer, needed):
-                output = self._run(x, topk_weights, topk_ids, cache.table_row(layer))
-        elif self._has_tiles:
-            output = self._run_expert_waves(x, topk_weights, topk_ids, needed, cache)
-        else:
-            output = self._run_token_waves(x, topk_weights, topk_ids, chosen, cache)
-        offload.after_layer(self._handle, chosen)
-        return output
-
-    def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, slot_of_expert: Tensor) -> Tensor:
-        """vLLM's kernel on slots, by the path and with the tiles it would choose for the full weights."""
-        if not self._has_tiles:
-            return self._apply(x, topk_weights, remap_expert_ids(topk_ids, slot_of_expert).to(topk_ids.dtype))
+        # vLLM's _prepare_expert_assignment does not sort so small a batch by expert; with a map it would.
+        small = topk_ids.numel() * 4 <= self.global_num_experts
         with self._plain_tiles(x):
-            # The rule of vLLM's _prepare_expert_assignment for batches too small to be sorted by expert.
-            if topk_ids.numel() * 4 <= self.global_num_experts:
-                slots = remap_expert_ids(topk_ids, slot_of_expert).to(topk_ids.dtype)
-                return self._apply(x, topk_weights, slots)
-            return self._apply(x, topk_weights, topk_ids, slot_of_expert)
-
-    def _run_token_waves(
-        self,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        chosen: npt.NDArray[np.integer],
-        cache: ExpertCache,
-    ) -> Tensor:
-        """Consecutive tokens whose experts fit together: exact where a token's result is its own affair."""
-        layer = self._handle.index
-        output = torch.empty_like(x)
-        waves = list(token_waves(chosen, cache.num_slots))
-        cache.counters.waves += len(waves) - 1
-        for wave in waves:
-            with _resident(cache, layer, np.unique(chosen[wave])):
-                output[wave] = self._run(x[wave], topk_weights[wave], topk_ids[wave], cache.table_row(layer))
-        return output
-
-    def _run_expert_waves(
-        self,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        needed: npt.NDArray[np.integer],
-        cache: ExpertCache,
-    ) -> Tensor:
-        """All tokens, some experts at a time; the sum over a token's experts is taken once, at the end.
-
-        The number of tokens, on which the kernel's tiles depend, stays that of the batch, and each missing
-        expert is copied once.
-        """
-        layer = self._handle.index
-        waves = expert_waves(needed, cache.resident(layer), cache.num_slots)
-        cache.counters.waves += len(waves) - 1
-        kernel = self._kernel
-        reduce = kernel.moe_sum
-        terms: Tensor | None = None
-        slot_of_expert = torch.empty_like(cache.table_row(layer))
-
-        def collect(part: Tensor, output: Tensor) -> None:
-            nonlocal terms
-            ours = (slot_of_expert[topk_ids.long()] >= 0).unsqueeze(-1)
-            terms = part.clone() if terms is None else torch.where(ours, part, terms)
-            reduce(terms, output)
-
-        kernel.moe_sum = collect
-        try:
-            with self._plain_tiles(x):
-                for wave in waves:
-                    with _resident(cache, layer, wave):
-                        slot_of_expert.fill_(-1)
-                        index = torch.from_numpy(wave).to(slot_of_expert.device)
-                        slot_of_expert[index] = cache.table_row(layer)[index]
-                        output = self._apply(x, topk_weights, topk_ids, slot_of_expert)
-        finally:
-            del kernel.moe_sum
-        return output
+            chosen = cache.serve(layer, topk_ids.contiguous(), remap=small)
+            return self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
 
     def _apply(
-        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, slot_of_expert: Tensor | None = None
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, row_of_expert: Tensor | None = None
     ) -> Tensor:
-        self._served_map = slot_of_expert
+        self._served_map = row_of_expert
         try:
             return self.quant_method.apply(
                 layer=self,
@@ -456,48 +367,20 @@ _NOT_OF_EXPERTS = frozenset(
 def _start_offload(vllm_config: Any, config: MoEOffloadConfig) -> ModelOffload:
     from vllm_moe_offload import vllm_runner
 
-    vllm_runner.install()
-    _lower_graphs(vllm_config)
+    vllm_runner.install(vllm_config)
     device = torch.device(vllm_config.device_config.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    # vLLM's CPU kernels ignore the stride between experts.
-    return ModelOffload(config, device, contiguous=device.type == "cpu")
-
-
-@contextmanager
-def _resident(cache: ExpertCache, layer: int, experts: npt.NDArray[np.integer]) -> Iterator[None]:
-    cache.ensure(layer, experts)
-    try:
-        yield
-    finally:
-        cache.release(layer)
-
-
-def token_waves(chosen: npt.NDArray[np.integer], num_slots: int) -> Iterator[slice]:
-    """Split token rows into consecutive runs whose distinct experts fit into the slots.
-
-    Args:
-        chosen: ``[tokens, top_k]`` expert ids, ``top_k <= num_slots``.
-        num_slots: slots.
-    """
-    start, union = 0, set[int]()
-    for row, experts in enumerate(chosen.tolist()):
-        grown = union.union(experts)
-        if len(grown) > num_slots:
-            yield slice(start, row)
-            start, grown = row, set(experts)
-        union = grown
-    yield slice(start, len(chosen))
-
-
-def expert_waves(
-    needed: npt.NDArray[np.integer], resident: Sequence[int] | frozenset[int], num_slots: int
-) -> list[npt.NDArray[np.integer]]:
-    """Split the experts a layer needs into waves of at most ``num_slots``, residents first.
-
-    Then no resident is evicted before it was used, so that each missing expert moves exactly once.
-    """
-    here = np.isin(needed, list(resident))
-    order = np.concatenate([needed[here], needed[~here]])
-    return [order[start : start + num_slots] for start in range(0, len(order), num_slots)]
+    if config.miss == "direct" and device.type != "cuda":
+        raise NotImplementedError(
+            f"moe_offload: miss='direct' has a GPU read host memory, but the model runs on {device.type}; "
+            "use 'copy'"
+        )
+    direct = device.type == "cuda" and config.miss != "copy" and config.disk_path is None
+    if not direct:
+        _without_graphs(vllm_config)
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    model_id = f"{model.model} {model.dtype} {model.quantization or 'unquantised'}"
+    if parallel.tensor_parallel_size > 1:
+        model_id += f", rank {parallel.rank} of {parallel.tensor_parallel_size}"
+    return ModelOffload(config, device, direct, vllm_config.scheduler_config.max_num_batched_tokens, model_id)

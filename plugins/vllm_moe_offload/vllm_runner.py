@@ -6,7 +6,10 @@ import logging
 import re
 from typing import Any
 
+import torch
+
 from vllm_moe_offload.cache import ExpertCache
+from vllm_moe_offload.direct import DirectCache
 from vllm_moe_offload.runtime import ModelOffload, Step
 from vllm_moe_offload.trace import RoutingTrace
 
@@ -16,50 +19,69 @@ _RPC = "moe_offload_call"
 _INACTIVE = "moe_offload is not active in this engine; `vllm-moe-offload doctor` says why"
 
 
-def install() -> None:
-    """Wrap two methods of vLLM's worker and give it an RPC method. Idempotent.
+def install(vllm_config: Any) -> None:
+    """Wrap methods of the engine's class of workers and give it an RPC method. Idempotent.
 
-    Runs in the worker's process when the first offloaded layer is built.
+    Runs in the worker's process when the first offloaded layer is built, hence while ``load_model`` runs.
 
     Raises:
         ImportError: this vLLM's worker lacks one of the methods.
     """
-    from vllm.v1.worker.gpu_worker import Worker  # the CPU worker extends it
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    if hasattr(Worker, _RPC):
+    worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    if hasattr(worker, _RPC):
         return
-    for name in ("execute_model", "initialize_from_config"):
-        if not hasattr(Worker, name):
-            raise ImportError(f"moe_offload: this vLLM has no vllm.v1.worker.gpu_worker.Worker.{name}")
-    plain, initialize = Worker.execute_model, Worker.initialize_from_config
+    for name in ("determine_available_memory", "initialize_from_config", "execute_model"):
+        if not hasattr(worker, name):
+            raise ImportError(f"moe_offload: vLLM's {worker.__name__} has no {name}")
+    plain = worker.execute_model
+    determine, initialize = worker.determine_available_memory, worker.initialize_from_config
+
+    def determine_available_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _take_over(self)
+        return determine(self, *args, **kwargs)
 
     def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # At the latest here, so that a pool too small fails the start and not the first request. Where vLLM
-        # profiles memory before, that pass has taken over already and the pool was counted.
-        offload = _offload_of_worker(self)
-        if offload is not None:
-            offload.take_over()
+        _take_over(self)  # where vLLM had no need to determine its memory
         return initialize(self, *args, **kwargs)
 
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         offload = _offload_of_worker(self)
         if offload is None:
             return plain(self, scheduler_output, *args, **kwargs)
-        offload.forget(
+        step = None
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            step = _step_of(self.model_runner, scheduler_output, offload)
+        offload.begin_step(
+            step,
             [external_id(name) for name in scheduler_output.finished_req_ids],
             [external_id(name) for name in getattr(scheduler_output, "preempted_req_ids", None) or ()],
         )
-        if scheduler_output.total_num_scheduled_tokens == 0:
-            return plain(self, scheduler_output, *args, **kwargs)
-        offload.step = _step_of(self.model_runner, scheduler_output, offload)
         try:
-            return plain(self, scheduler_output, *args, **kwargs)
+            result = plain(self, scheduler_output, *args, **kwargs)
+            offload.end_step()
+            return result
         finally:
             offload.step = None
 
-    Worker.initialize_from_config = initialize_from_config
-    Worker.execute_model = execute_model
-    setattr(Worker, _RPC, _call)
+    worker.determine_available_memory = determine_available_memory
+    worker.initialize_from_config = initialize_from_config
+    worker.execute_model = execute_model
+    setattr(worker, _RPC, _call)
+
+
+def _take_over(worker: Any) -> None:
+    """Before the first forward pass: experts into slots. vLLM counts the slots as weights."""
+    offload = _offload_of_worker(worker)
+    if offload is None:
+        return
+    if offload.device.type != "cuda":
+        offload.take_over()
+        return
+    before = torch.cuda.memory_allocated(offload.device)
+    offload.take_over()
+    worker.model_runner.model_memory_usage += torch.cuda.memory_allocated(offload.device) - before
 
 
 def external_id(internal: str) -> str:
@@ -69,21 +91,22 @@ def external_id(internal: str) -> str:
 
 def _step_of(runner: Any, scheduler_output: Any, offload: ModelOffload) -> Step:
     number, offload.steps = offload.steps, offload.steps + 1
-    batch = getattr(runner, "input_batch", None)
-    requests = None
-    if batch is not None and hasattr(batch, "req_ids"):
-        scheduled = scheduler_output.num_scheduled_tokens
+    scheduled = scheduler_output.num_scheduled_tokens
 
-        # Read inside the forward pass: only then is the batch in its final order.
-        def requests() -> list[tuple[str, int]]:
-            return [(external_id(name), scheduled[name]) for name in batch.req_ids if name in scheduled]
+    # Read when the batch is in its final order: inside the forward pass, or after it was launched.
+    def requests() -> list[tuple[str, int]]:
+        batch = _batch_of(runner)
+        if batch is None:
+            return []
+        return [(external_id(name), scheduled[name]) for name in batch.req_ids if name in scheduled]
 
-    elif offload.config.policy == "eam" and number == 0:
-        logger.info(
-            "moe_offload: %s does not say which rows belong to which request; the eam policy evicts by age",
-            type(runner).__name__,
-        )
     return Step(scheduler_output.total_num_scheduled_tokens, number, requests)
+
+
+def _batch_of(runner: Any) -> Any:
+    """The batch of the V1 runner, or that of a V2 runner whose forward pass was launched; else None."""
+    batch = getattr(runner, "input_batch", None)
+    return batch or getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
 
 
 def _offload_of_worker(worker: Any) -> ModelOffload | None:
@@ -98,7 +121,6 @@ def _call(worker: Any, action: str) -> Any:
     if offload is None:
         raise RuntimeError(_INACTIVE)
     if action == "caches":
-        offload.take_over()
         return offload.caches
     return getattr(offload, action)()
 
@@ -140,12 +162,12 @@ def collect_trace(llm: Any) -> RoutingTrace:
     return _ask(llm, "collect_trace")[0]
 
 
-def get_cache(llm: Any) -> ExpertCache:
+def get_cache(llm: Any) -> ExpertCache | DirectCache:
     """The slots of an engine that runs in this process.
 
     Raises:
-        RuntimeError: the engine runs in another process, the plugin is not active, or the model has layers of
-            several shapes, hence several pools.
+        RuntimeError: the engine runs in another process, the plugin is not active, all experts have a slot,
+            or the model has layers of several shapes, hence several pools.
     """
     if hasattr(llm.llm_engine.engine_core, "resources") or not hasattr(
         llm.llm_engine.engine_core, "engine_core"
@@ -155,6 +177,8 @@ def get_cache(llm: Any) -> ExpertCache:
             "before vllm is imported to reach its cache"
         )
     (caches,) = _ask(llm, "caches")
+    if not caches:
+        raise RuntimeError("moe_offload: all experts have a slot, so there is no cache")
     if len(caches) != 1:
         raise RuntimeError(f"moe_offload: the model has {len(caches)} pools of slots, not one")
     return caches[0]

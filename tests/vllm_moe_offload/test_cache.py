@@ -159,7 +159,7 @@ class FailingEngine(CopyEngine):
 
 
 def test_a_failed_copy_raises_and_leaves_nothing_stale():
-    cache = ExpertCache(STORE, 4, copy_engine=FailingEngine({1}))
+    cache = ExpertCache(STORE, 4, copy_engine=FailingEngine({2}))
     cache.ensure(0, [0, 1])
     cache.release(0)
     with pytest.raises(RuntimeError, match="the link broke"):

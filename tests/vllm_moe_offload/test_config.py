@@ -24,6 +24,11 @@ BAD = [
     ({"slots_per_layer": 2, "debug_checks": "yes"}, "debug_checks must be true or false"),
     ({"slots_per_layer": 2, "eam_temperature": -1}, "eam_temperature must be 0 or more"),
     ({"slots_per_layer": 2, "host_memory": "1GiB"}, "host_memory needs disk_path"),
+    ({"slots_per_layer": 2, "disk_path": "experts"}, "disk_path needs host_memory"),
+    (
+        {"slots_per_layer": 2, "disk_path": "experts", "host_memory": "1GiB", "miss": "direct"},
+        "miss='direct' needs all experts in host memory",
+    ),
 ]
 
 

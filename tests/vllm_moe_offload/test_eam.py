@@ -134,7 +134,7 @@ def test_mo06_round_trip_is_exact(tmp_path):
         arrays = dict(file) | {"added": np.zeros(1, np.int64)}
     np.savez(tmp_path / "uneven.npz", **arrays)
     with pytest.raises(
-        ValueError, match="uneven.npz is no EAM collection: its arrays have different lengths"
+        ValueError, match=r"uneven\.npz is no EAM collection: its arrays have different lengths"
     ):
         EAMCollection.load(tmp_path / "uneven.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no zip")

@@ -1,4 +1,4 @@
-"""On one GPU: results equal plain vLLM, eager and with graphs; tiles and waves of the CUDA path."""
+"""On one GPU: results equal plain vLLM, eager and with its default graphs; tiles, tracing, memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 import vllm_moe_offload
 from tests.support.tiny_models import write_tiny_model
-from tests.vllm_moe_offload.engines import engine, generate
+from tests.vllm_moe_offload.engines import PROMPTS, engine, generate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
@@ -35,56 +35,63 @@ def family(request, tmp_path_factory):
     return request.param, folder
 
 
-DIFFERS = pytest.mark.xfail(
-    reason="on an H100 graphs cut at the expert layers gave other ids than plain full graphs; cause open"
-)
-
-
-@pytest.mark.parametrize("mode", ["eager", pytest.param("graphs", marks=DIFFERS)])
+@pytest.mark.parametrize("mode", MODES)
 def test_mo03_mo12_bitwise_equal_on_a_gpu(family, mode):
+    """Also with vLLM's default graphs, which stay as they are; a second plain engine is the control."""
     name, folder = family
     with gpu_engine(folder, **MODES[mode]) as llm:
         plain = generate(llm, tokens=16)
-    slots = SLOTS[name] if mode == "eager" else SLOTS[name][1:2]
+        graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+    if mode == "graphs":
+        assert graphs.name == "FULL_AND_PIECEWISE"
+        with gpu_engine(folder, **MODES[mode]) as llm:
+            assert generate(llm, tokens=16) == plain, "plain vLLM differs from itself"
+    slots = SLOTS[name] if mode == "eager" else SLOTS[name][1:]
     for count in slots:
         options = {"cache_fraction": count / (EXPERTS * LAYERS), "policy": "lru", "debug_checks": True}
         with gpu_engine(folder, options, **MODES[mode]) as llm:
             assert generate(llm, tokens=16) == plain, f"{count} slots, {mode}"
+            compilation = llm.llm_engine.vllm_config.compilation_config
+            assert compilation.cudagraph_mode == graphs
+            assert not any("moe" in op for op in compilation.splitting_ops or ())
             (report,) = vllm_moe_offload.stats(llm)
-            _check_graphs(llm, mode)
-            _check_mo02(vllm_moe_offload.get_cache(llm), count)
+            if count < EXPERTS * LAYERS:
+                _check_mo02(vllm_moe_offload.get_cache(llm), count)
+        assert report["num_slots"] == count
+        assert (report["accesses"] > 0) == (count < EXPERTS * LAYERS)
+        assert report["accesses"] == report["hits"] + report["misses"]
+        assert report["misses"] == report["copies"] + report["in_place"]
         assert report["bytes_host_to_device"] == report["copies"] * report["expert_nbytes"]
-        assert report["accesses"] == report["hits"] + report["late"] + report["misses"] > 0
-        assert (report["waves"] > 0) == (count < 12)
-        if count == EXPERTS * LAYERS:
-            assert report["copies"] == 0
 
 
-def test_mo12_bitwise_equal_to_plain_graphs_cut_at_the_same_places(family):
-    """Where plain vLLM's compiled model is cut at the expert layers too, the plugin changes no bit."""
-    from vllm.config import CompilationConfig
-
+def test_mo03_copies_by_the_host_equal_plain_vllm_without_graphs(family):
     name, folder = family
-    cuts = [*CompilationConfig._attention_ops, "vllm::moe_forward", "vllm::moe_forward_shared"]
-    graphs = MODES["graphs"]["compilation_config"]
-    same_cuts = {**graphs, "cudagraph_mode": "PIECEWISE", "splitting_ops": cuts}
-    with gpu_engine(folder, enforce_eager=False, compilation_config=same_cuts) as llm:
+    with gpu_engine(folder) as llm:
         plain = generate(llm, tokens=16)
-    options = {"cache_fraction": SLOTS[name][1] / (EXPERTS * LAYERS), "policy": "lru"}
-    with gpu_engine(folder, options, **MODES["graphs"]) as llm:
+    options = {"cache_fraction": SLOTS[name][1] / (EXPERTS * LAYERS), "policy": "lru", "debug_checks": True}
+    with gpu_engine(folder, {**options, "miss": "copy"}) as llm:
         assert generate(llm, tokens=16) == plain
+        (report,) = vllm_moe_offload.stats(llm)
+    assert report["waves"] > 0
+    assert report["misses"] == report["copies"] > 0
 
 
-def _check_graphs(llm, mode):
-    from vllm.config import CUDAGraphMode
-
-    compilation = llm.llm_engine.vllm_config.compilation_config
-    if mode == "eager":
-        assert compilation.cudagraph_mode == CUDAGraphMode.NONE
-        return
-    # MO-12: FULL is lowered, and the expert op is a split point.
-    assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
-    assert "vllm::moe_forward" in compilation.splitting_ops
+def test_mo05_tracing_under_graphs_counts_every_token_once(family):
+    _, folder = family
+    options = {"cache_fraction": 0.4, "policy": "eam", "record_trace": True}
+    with gpu_engine(folder, options, **MODES["graphs"]) as llm:
+        generate(llm, tokens=12)
+        trace = vllm_moe_offload.collect_trace(llm)
+        generate(llm, [{"prompt_token_ids": [5, 6, 7]}], tokens=2)
+        eams = vllm_moe_offload.request_eams(llm)
+        (report,) = vllm_moe_offload.stats(llm)
+    for index, prompt in enumerate(PROMPTS):
+        tokens = len(prompt["prompt_token_ids"]) + 12 - 1
+        matrix = eams[str(index)]
+        assert (matrix.sum(axis=1) == tokens * trace.top_k).all(), index
+        place = trace.request_ids.index(str(index))
+        assert (trace.eam(place) == matrix).all()
+    assert report["accesses"] > 0
 
 
 def _check_mo02(cache, count):
@@ -120,17 +127,14 @@ def test_trap7_tiles_are_those_of_the_plain_shape(family, monkeypatch):
     assert set(used) == plain
 
 
-def test_mo11_each_missing_expert_moves_once_per_layer_pass(family):
+def test_mo11_each_missing_expert_moves_at_most_once_per_layer_pass(family):
     _, folder = family
     with gpu_engine(folder, {"cache_fraction": 6 / 48, "policy": "lru"}) as llm:
-        cache = vllm_moe_offload.get_cache(llm)
-        cache.clear()
-        before = dict(cache.stats)
+        before = vllm_moe_offload.stats(llm)[0]
         generate(llm, [{"prompt_token_ids": list(range(2, 100))}], tokens=1)
-        moved = cache.stats["copies"] - before["copies"]
-        missed = cache.stats["misses"] - before["misses"]
-        assert moved == missed
-        assert moved <= EXPERTS * LAYERS
+        after = vllm_moe_offload.stats(llm)[0]
+    moved, missed = (after[name] - before[name] for name in ("copies", "misses"))
+    assert 0 < moved <= missed <= EXPERTS * LAYERS
 
 
 def test_mo10_experts_are_created_on_the_host(tmp_path):
@@ -152,6 +156,8 @@ def test_mo10_experts_are_created_on_the_host(tmp_path):
             if not name.endswith(("w13_weight", "w2_weight"))
         )
         layer = 32 * cache.store.layout.nbytes
+        slots = cache.num_slots * cache.store.layout.nbytes
         # The allocator reserves memory in blocks of up to 20 MiB for each size class.
-        assert worker.model_runner.model_memory_usage <= other + layer + (40 << 20)
-        assert worker.model_runner.model_memory_usage < other + 3 * layer
+        used = worker.model_runner.model_memory_usage
+        assert used <= other + slots + layer + (40 << 20)
+        assert used < other + slots + 3 * layer

@@ -50,15 +50,17 @@ def test_mo03_bitwise_equal_for_every_number_of_slots(family):
         with engine(folder, options) as llm:
             assert generate(llm) == plain, f"{count} slots"
             (report,) = vllm_moe_offload.stats(llm)
-            cache = vllm_moe_offload.get_cache(llm)
-            _check_mo02_slots(llm, cache, count)
+            if count == 8 * layers:
+                with pytest.raises(RuntimeError, match="all experts have a slot, so there is no cache"):
+                    vllm_moe_offload.get_cache(llm)
+            else:
+                _check_mo02_slots(llm, vllm_moe_offload.get_cache(llm), count)
         assert report["num_slots"] == count
         assert report["num_layers"] == layers
         _check_mo16_counters(report)
         # MO-04: distinct experts of a prefill exceed few slots.
         assert (report["waves"] > 0) == (count < 8)
-        if count == 8 * layers:
-            assert report["copies"] == report["misses"] == 0
+        assert (report["accesses"] > 0) == (count < 8 * layers)
         assert vllm_moe_offload.moved_bytes()["dram->hbm"] == report["bytes_host_to_device"]
         assert vllm_moe_offload.moved_bytes()["dram->hbm"] == 0
 
@@ -78,4 +80,3 @@ def _check_mo02_slots(llm, cache, count):
 def _check_mo16_counters(report):
     assert report["bytes_host_to_device"] == report["copies"] * report["expert_nbytes"]
     assert report["accesses"] == report["hits"] + report["late"] + report["misses"]
-    assert report["accesses"] > 0

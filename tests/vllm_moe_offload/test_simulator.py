@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_offload import EAMCollection, LinkModel, RoutingTrace, replay
@@ -83,6 +83,7 @@ def test_mo09_uniform_routing_hits_slots_over_experts(policy):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.floats(0.01, 5), st.floats(0.01, 5))
+@example(2, 0.958984375, 1.0)
 def test_mo08_disjoint_experts_stall_for_their_copies_and_the_oracle_hides_compute(k, copy, compute):
     count = 6
     steps = [[list(range(step * k, step * k + k))] for step in range(count)]

@@ -1,0 +1,349 @@
+"""Change the layout of a GPT with at least 1 B parameters on two GPUs: TP2 <-> PP2 <-> DP2, live.
+
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 benchmarks/megatron_tenplex_gpu.py --budget 120 --out DIR
+
+Stages, each rewriting the result file so that a cut-off keeps what is done: link peak (NCCL send+receive of
+one contiguous tensor each way), losses of a small model over 20 steps after each change against the
+uninterrupted run, the six directions at full size (live), torch_dist to /dev/shm and megatron.core.resharding
+where time is left. Needs megatron-core (Python 3.12 wheel); no TransformerEngine, no Apex.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import RESULTS, Headline, write_result
+from megatron_tenplex import GPTShape, ParallelConfig, Reconfigurator, World
+from megatron_tenplex.layout import PRESETS
+from megatron_tenplex.testing import install_cpu_compat
+from megatron_tenplex.testing.gpt import GPTJob
+
+NAME = "megatron_tenplex_gpu"
+TOUR = ("tp=2", "pp=2", "dp=2", "tp=2", "dp=2", "pp=2", "tp=2")  # all six directions
+SMALL = GPTShape(4, 128, 4, 256)
+
+
+class Run:
+    """The result so far; rank 0 writes it after every stage."""
+
+    def __init__(self, out: Path, budget: float) -> None:
+        self.out, self.deadline = out, time.monotonic() + budget
+        self.headline: list[Headline] = []
+        self.samples: dict[str, list[float]] = {}
+        self.more: dict[str, object] = {"stages": {}, "directions": []}
+
+    def left(self) -> float:
+        """Seconds of the budget, as the slower of the ranks sees them."""
+        seconds = torch.tensor([self.deadline - time.monotonic()])
+        WORLD.control.allreduce([seconds], dist.AllreduceOptions()).wait()
+        return float(seconds) / WORLD.num_workers
+
+    def stage(self, name: str, function, *args) -> None:
+        """Run one stage; an error is recorded and the next stage goes on if all ranks met it."""
+        started = time.perf_counter()
+        try:
+            function(self, *args)
+            said = "ok"
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            if WORLD.worker == 0:
+                traceback.print_exc()
+        self.more["stages"][name] = {"outcome": said[:300], "seconds": time.perf_counter() - started}
+        if WORLD.worker == 0:
+            print(f"{name}: {said[:200]} ({time.perf_counter() - started:.1f} s)", flush=True)
+            write_result(
+                NAME,
+                question="How fast does a GPT of over 1 B parameters change its layout on two GPUs?",
+                headline=self.headline,
+                samples=self.samples,
+                folder=self.out,
+                **self.more,
+            )
+
+
+def both_ways(transport, nbytes: int, repeats: int = 5) -> list[float]:
+    """Bytes/s each way of one contiguous message to the other worker and one from it."""
+    other = 1 - WORLD.worker
+    out, into = (torch.zeros(nbytes, dtype=torch.uint8, device=transport.device) for _ in range(2))
+    rates = []
+    for turn in range(repeats + 2):
+        synchronize()
+        started = time.perf_counter()
+        transport.exchange([(other, out)], [(other, into)]).wait()
+        synchronize()
+        if turn > 1:
+            rates.append(nbytes / (time.perf_counter() - started))
+    return rates
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def link_peak(run: Run, transport, nbytes: int) -> None:
+    """NCCL send and receive at once, one tensor of about the size that a change moves."""
+    rates = both_ways(transport, nbytes)
+    run.samples["link_peak_bytes_per_s"] = rates
+    peak = statistics.median(rates)
+    run.headline.append(
+        Headline(
+            "link peak, send + receive, each way", peak / 1e9, "GB/s", min(rates) / 1e9, max(rates) / 1e9
+        )
+    )
+
+
+def losses(run: Run, precision: str, steps: int) -> None:
+    """A tour through all six directions, ``steps`` steps after each, against the uninterrupted run."""
+    job = GPTJob(SMALL, seq_length=32, global_batch_size=4, num_samples=400, precision=precision)
+    curves = []
+    for tour in (TOUR[:1], TOUR):
+        elastic = Reconfigurator(job, world=WORLD, verify=True)
+        state = elastic.start(ParallelConfig.parse(tour[0]), resume=False)
+        curve = [job.step(state, elastic.parallel)[0] for _ in range(steps)]
+        for after in tour[1:]:
+            state = elastic.reconfigure(ParallelConfig.parse(after))
+            curve += [job.step(state, elastic.parallel)[0] for _ in range(steps)]
+        curve += [job.step(state, elastic.parallel)[0] for _ in range(len(TOUR) * steps - len(curve))]
+        curves.append(curve)
+        del elastic, state
+    gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    run.samples[f"loss difference {precision}"] = gaps
+    run.more[f"loss_difference_{precision}"] = {
+        f"{before} -> {after}": max(gaps[(i + 1) * steps : (i + 2) * steps])
+        for i, (before, after) in enumerate(pairwise(TOUR))
+    }
+    run.headline.append(
+        Headline(
+            f"largest loss difference, {precision}, {steps} steps after each of six changes",
+            max(gaps),
+            "nats",
+            target="2e-6" if precision == "fp32" else "",
+            note=f"losses {curves[0][0]:.3f} to {curves[0][-1]:.3f}",
+        )
+    )
+
+
+def directions(run: Run, job: GPTJob, rounds: int) -> None:
+    """All six directions, ``rounds`` times; the first round also builds each layout for the first time."""
+    elastic = Reconfigurator(job, world=WORLD, staging_bytes=1 << 30)
+    state = elastic.start(ParallelConfig.parse(TOUR[0]), resume=False)
+    job.step(state, elastic.parallel)
+    parameters = job.shape.num_parameters
+    run.more["parameters"] = parameters
+    rows = run.more["directions"]
+    for turn in range(rounds + 1):
+        for before, after in pairwise(TOUR):
+            if turn > 1 and run.left() < 50:
+                run.more["note"] = f"stopped by the budget in round {turn}"
+                summarise(run)
+                return
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            synchronize()
+            dist.barrier()
+            del state
+            started = time.perf_counter()
+            state = elastic.reconfigure(ParallelConfig.parse(after))
+            synchronize()
+            pause = time.perf_counter() - started
+            started = time.perf_counter()
+            loss, _ = job.step(state, elastic.parallel)
+            synchronize()
+            first_step = time.perf_counter() - started
+            report = elastic.report
+            mine = [report.sent_bytes, report.received_bytes, report.seconds["move"], pause]
+            everyone = WORLD.all_gather_json(mine)
+            busiest = max(max(sent, received) for sent, received, *_ in everyone)
+            move = max(m for *_, m, _ in everyone)
+            rows.append(
+                {
+                    "round": turn,
+                    "direction": f"{before} -> {after}",
+                    "busiest_bytes": busiest,
+                    "move_s": move,
+                    "bytes_per_s": busiest / move,
+                    "pause_s": max(p for *_, p in everyone),
+                    "first_step_s": first_step,
+                    "seconds": {k: round(v, 5) for k, v in report.seconds.items()},
+                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30
+                    if torch.cuda.is_available()
+                    else 0.0,
+                    "loss": loss,
+                }
+            )
+    summarise(run)
+
+
+def summarise(run: Run) -> None:
+    """Headline rows over the rounds after the first; rates only where a GB or more moves."""
+    rows = [row for row in run.more["directions"] if row["round"] > 0]
+    peak = statistics.median(run.samples["link_peak_bytes_per_s"])
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        chosen = [row for row in rows if row["direction"] == direction]
+        pauses = [row["pause_s"] for row in chosen]
+        run.samples[f"pause {direction}"] = pauses
+        run.samples[f"move {direction}"] = [row["move_s"] for row in chosen]
+        gigabytes = chosen[0]["busiest_bytes"] / 1e9
+        run.headline.append(
+            Headline(
+                f"pause {direction}",
+                statistics.median(pauses),
+                "s",
+                min(pauses),
+                max(pauses),
+                note=f"{gigabytes:.2f} GB by the busiest rank",
+            )
+        )
+        if gigabytes >= 1 or not torch.cuda.is_available():
+            shares = [row["bytes_per_s"] / peak for row in chosen]
+            run.headline.append(
+                Headline(
+                    f"share of the link peak {direction}",
+                    statistics.median(shares),
+                    "",
+                    min(shares),
+                    max(shares),
+                    ">= 0.8",
+                )
+            )
+
+
+def checkpoint(run: Run, job: GPTJob, folder: Path) -> None:
+    """torch_dist: save in one layout, build the other, load: the same change through shared memory."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+        FullyParallelSaveStrategyWrapper,
+    )
+
+    parameters = job.shape.num_parameters
+    free = shutil.disk_usage(folder.parent).free
+    if free < 16 * parameters:
+        raise OSError(
+            f"{folder.parent} has {free / 2**30:.1f} GiB free, {16 * parameters / 2**30:.1f} needed"
+        )
+    elastic = Reconfigurator(job, world=WORLD)
+    for before, after in (("tp=2", "pp=2"), ("pp=2", "tp=2")):
+        state = elastic.start(ParallelConfig.parse(before), resume=False)
+        job.step(state, elastic.parallel)
+        if WORLD.worker == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.barrier()
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+        def described(loading: bool, state=state, metadata=metadata):
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            model = state.model[0].module.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+            return {
+                "model": model,
+                "optimizer": state.optimizer.sharded_state_dict(
+                    model, is_loading=loading, metadata={**metadata, "dp_cp_group": group}
+                ),
+            }
+
+        started = time.perf_counter()
+        save = FullyParallelSaveStrategyWrapper(
+            dist_checkpointing.serialization.get_default_save_sharded_strategy("torch_dist"),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        dist_checkpointing.save(described(False), str(folder), save)
+        synchronize()
+        dist.barrier()
+        saved = time.perf_counter() - started
+        run.samples.setdefault("torch_dist save", []).append(saved)
+        del state
+        started = time.perf_counter()
+        state = elastic.start(ParallelConfig.parse(after), resume=False)
+        elastic.describe()  # makes Adam's state, without which describing for a load asserts
+        built = time.perf_counter() - started
+        started = time.perf_counter()
+        load = FullyParallelLoadStrategyWrapper(
+            dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        dist_checkpointing.load(described(True, state), str(folder), load)
+        synchronize()
+        dist.barrier()
+        loaded = time.perf_counter() - started
+        run.samples.setdefault("torch_dist load", []).append(loaded)
+        run.samples.setdefault("torch_dist save + build + load", []).append(saved + built + loaded)
+        live = [
+            r["pause_s"]
+            for r in run.more["directions"]
+            if r["direction"] == f"{before} -> {after}" and r["round"]
+        ]
+        if live:
+            run.headline.append(
+                Headline(
+                    f"torch_dist to /dev/shm against live, {before} -> {after}",
+                    (saved + built + loaded) / statistics.median(live),
+                    "x",
+                    target=">= 10",
+                    note="pauses; build included on both sides; reading is not applied to the model",
+                )
+            )
+        del state
+    if WORLD.worker == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    global WORLD  # noqa: PLW0603 - the process's one world
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget", type=float, default=120, help="seconds")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--model", default="gpt3-xl", choices=list(PRESETS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help="after each change, for the loss curves")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    install_cpu_compat()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
+    WORLD = World(store, rank, size, timeout=60)
+    from megatron_tenplex.transport import TorchTransport
+
+    run = Run(options.out, options.budget)
+    transport = TorchTransport(WORLD.data, WORLD.worker)
+    gpu = torch.cuda.is_available()
+    job = GPTJob(
+        PRESETS[options.model],
+        seq_length=512 if gpu else 16,
+        global_batch_size=4,
+        num_samples=4096,
+        precision="bf16",
+    )
+    run.stage("link peak", link_peak, transport, 4 << 30 if gpu else 8 << 20)
+    run.stage("losses fp32", losses, "fp32", options.steps)
+    run.stage("directions", directions, job, options.rounds)
+    gc.collect()
+    if run.left() > 40:
+        run.stage("torch_dist /dev/shm", checkpoint, job, Path("/dev/shm/tenplex_benchmark"))
+    if run.left() > 20:
+        run.stage("losses bf16", losses, "bf16", options.steps)
+    if rank == 0:
+        print(json.dumps([[h.what, h.value, h.unit] for h in run.headline]))
+    sys.stdout.flush()
+    os._exit(0)  # NCCL's threads may wait for communicators that are gone
+
+
+if __name__ == "__main__":
+    main()

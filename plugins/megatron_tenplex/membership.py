@@ -1,0 +1,166 @@
+"""A fixed set of workers that re-forms torch's default process group with new ranks and sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tenplex.ptc import Box, ParallelTensorCollection, Shard, TensorSpec, dtype_of
+
+
+class World:
+    """All workers of the job, those without a role in the present layout included.
+
+    Workers are numbered once. Two groups of our own span all of them: ``control`` (gloo, small messages on
+    the CPU) and ``data`` (NCCL where there is CUDA, else the same). The default group, which Megatron uses,
+    spans only the workers that have a role.
+
+    Args:
+        store: a store that outlives every worker which may leave; torchrun's agent hosts such a one.
+        worker: number of this worker.
+        num_workers: number of all workers.
+        backend: of the default group; ``"nccl"`` where there is CUDA, else ``"gloo"``.
+        timeout: seconds after which waiting for another worker is an error.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        worker: int,
+        num_workers: int,
+        *,
+        backend: str | None = None,
+        timeout: float = 25.0,
+    ) -> None:
+        if not 0 <= worker < num_workers:
+            raise ValueError(f"worker must be in 0..{num_workers - 1}, got {worker}")
+        self.store, self.worker, self.num_workers = store, worker, num_workers
+        self.backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        self.timeout = timedelta(seconds=timeout)
+        self.members: tuple[int, ...] = ()
+        self.generation = 0
+        self.control: Any = dist.ProcessGroupGloo(
+            dist.PrefixStore("tenplex/control", store), worker, num_workers, self.timeout
+        )
+        self.data = self._nccl_group() if self.backend == "nccl" else self.control
+
+    @classmethod
+    def from_default(cls, *, timeout: float = 25.0) -> World:
+        """The world of the default group, or of ``torchrun``'s environment where none is initialised."""
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+            world = cls(store, dist.get_rank(), dist.get_world_size(), timeout=timeout)
+            world.members = tuple(range(world.num_workers))
+            return world
+        store, rank, size = next(dist.rendezvous("env://"))
+        return cls(store, rank, size, timeout=timeout)
+
+    def _nccl_group(self) -> Any:
+        store = dist.PrefixStore("tenplex/data", self.store)
+        group = dist.ProcessGroup(store, self.worker, self.num_workers)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self.timeout
+        backend = dist.ProcessGroupNCCL(store, self.worker, self.num_workers, options)
+        backend._set_sequence_number_for_group()
+        group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+        group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
+        return group
+
+    @property
+    def role(self) -> int | None:
+        """Rank of this worker in the default group; None while it is idle."""
+        return self.members.index(self.worker) if self.worker in self.members else None
+
+    def form(self, members: Sequence[int]) -> int | None:
+        """Re-form the default group: ``members[role] = worker``. Collective over all workers.
+
+        Returns:
+            The new rank of this worker, None if it has no role.
+        """
+        members = tuple(members)
+        if len(set(members)) != len(members) or not set(members) <= set(range(self.num_workers)):
+            raise ValueError(f"members must be different workers of 0..{self.num_workers - 1}, got {members}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.generation += 1
+        self.members = members
+        role = self.role
+        if role is not None:
+            dist.init_process_group(
+                self.backend,
+                store=dist.PrefixStore(f"tenplex/g{self.generation}", self.store),
+                rank=role,
+                world_size=len(members),
+                timeout=self.timeout,
+            )
+        return role
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The one-dimensional CPU tensors of all workers, which may differ in length but not in dtype."""
+        length = torch.tensor([tensor.numel()])
+        lengths = [torch.zeros_like(length) for _ in range(self.num_workers)]
+        self.control.allgather([lengths], [length]).wait()
+        longest = max(int(n) for n in lengths)
+        padded = tensor.new_zeros(longest)
+        padded[: tensor.numel()] = tensor
+        gathered = [torch.empty_like(padded) for _ in range(self.num_workers)]
+        if longest:
+            self.control.allgather([gathered], [padded]).wait()
+        return [g[: int(n)] for g, n in zip(gathered, lengths, strict=True)]
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """JSON values of all workers."""
+        encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(text.numpy()).decode()) for text in self.all_gather(encoded)]
+
+    def agree(self, error: BaseException | None, doing: str) -> None:
+        """Raise on every worker if any of them failed at ``doing``. Collective."""
+        said = self.all_gather_json(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = {worker: text for worker, text in enumerate(said) if text is not None}
+        if failed:
+            worker, text = next(iter(failed.items()))
+            raise RuntimeError(f"worker {worker} failed at {doing}: {text}")
+
+
+def gather_layout(
+    tensors: Mapping[str, TensorSpec], shards: Sequence[Shard], world: World
+) -> ParallelTensorCollection:
+    """What all workers hold, by worker. Collective; boxes travel as integers, nothing is unpickled."""
+    keys = sorted({shard.key for shard in shards})
+    number_of = {key: number for number, key in enumerate(keys)}
+    specs = [[k, list(tensors[k].shape), str(tensors[k].dtype).removeprefix("torch.")] for k in keys]
+    row: list[int] = []
+    for shard in shards:
+        flat = (-1, -1) if shard.flat is None else shard.flat
+        row += [number_of[shard.key], len(shard.box.shape), *shard.box.offset, *shard.box.shape, *flat]
+    described = world.all_gather_json(specs)
+    numbers = world.all_gather(torch.tensor(row, dtype=torch.int64))
+    merged: dict[str, TensorSpec] = {}
+    for key, shape, dtype in (entry for of_worker in described for entry in of_worker):
+        spec = TensorSpec(tuple(shape), dtype_of(dtype))
+        if merged.setdefault(key, spec) != spec:
+            raise ValueError(f"global shape of {key} differs: {merged[key].shape} -> {spec.shape}")
+    by_worker = [
+        _decode([key for key, *_ in of_worker], n.tolist())
+        for of_worker, n in zip(described, numbers, strict=True)
+    ]
+    return ParallelTensorCollection(merged, by_worker)
+
+
+def _decode(keys: list[str], row: list[int]) -> list[Shard]:
+    shards, at = [], 0
+    while at < len(row):
+        key, dims = keys[row[at]], row[at + 1]
+        numbers = row[at + 2 : at + 4 + 2 * dims]
+        flat = (numbers[-2], numbers[-1]) if numbers[-1] >= 0 else None
+        shards.append(Shard(key, Box(tuple(numbers[:dims]), tuple(numbers[dims : 2 * dims])), flat))
+        at += 4 + 2 * dims
+    return shards

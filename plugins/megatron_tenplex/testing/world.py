@@ -1,0 +1,104 @@
+"""Several workers as forked processes of one test."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker raised, died or did not finish.
+
+    Attributes:
+        failures: worker -> traceback, ``"killed by signal N"`` or ``"timeout"``.
+        results: worker -> what it returned, of those that did.
+    """
+
+    def __init__(self, failures: dict[int, str], results: dict[int, Any]) -> None:
+        self.failures, self.results = failures, results
+        super().__init__("\n".join(f"worker {w}: {text}" for w, text in sorted(failures.items())))
+
+
+def run_world(num_workers: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """``[function(store, worker, num_workers, *args) for each worker]``, each in a forked process.
+
+    Fork, because importing Megatron takes longer than most tests; the store lives in the calling process.
+
+    Raises:
+        WorkerFailedError: with all tracebacks. Workers still running at ``timeout`` seconds are killed.
+    """
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        pids = {
+            w: _fork(w, store.port, Path(folder), lambda s, w: function(s, w, num_workers, *args))
+            for w in range(num_workers)
+        }
+        failures = _wait(pids, time.monotonic() + timeout)
+        results: dict[int, Any] = {}
+        for worker in pids:
+            path = Path(folder) / str(worker)
+            if path.exists():
+                # Written by our own child a moment ago.
+                ok, value = pickle.loads(path.read_bytes())
+                if ok:
+                    results[worker] = value
+                else:
+                    failures[worker] = value
+            else:
+                failures.setdefault(worker, "ended without a result")
+    if failures:
+        raise WorkerFailedError(failures, results)
+    return [results[worker] for worker in range(num_workers)]
+
+
+def _fork(worker: int, port: int, folder: Path, function: Callable[[dist.Store, int], Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+        try:
+            result = (True, function(store, worker))
+            code = 0
+        except BaseException:
+            result = (False, traceback.format_exc())
+        temporary = folder / f"{worker}.part"
+        temporary.write_bytes(pickle.dumps(result))
+        temporary.rename(folder / str(worker))
+    finally:
+        os._exit(code)
+
+
+def _wait(pids: dict[int, int], deadline: float) -> dict[int, str]:
+    failures: dict[int, str] = {}
+    running = dict(pids)
+    while running:
+        for worker, pid in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del running[worker]
+                if os.WIFSIGNALED(status):
+                    failures[worker] = f"killed by signal {os.WTERMSIG(status)}"
+        if running and time.monotonic() > deadline:
+            for worker, pid in running.items():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                failures[worker] = "timeout"
+            break
+        time.sleep(0.02)
+    return failures

@@ -1,0 +1,148 @@
+"""The real Megatron-core on gloo: the uninterrupted run of the first layout is the oracle."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+import tenplex_jobs as jobs
+
+from megatron_tenplex import GPTShape
+from megatron_tenplex.testing import run_world
+from megatron_tenplex.testing.gpt import GPTJob
+
+pytestmark = pytest.mark.megatron
+
+GATED = GPTShape(
+    4, 64, 4, 128, ffn_hidden_size=96, num_query_groups=2, gated=True, bias=False, norm="RMSNorm"
+)
+TOURS = {
+    # Gated MLP, grouped queries, workers that come and go.
+    "gated": (
+        4,
+        GPTJob(GATED, global_batch_size=12),
+        ["tp=2,pp=2", "pp=4", "tp=2,dp=1", "dp=3", "dp=4", "tp=2,pp=2"],
+        3,
+    ),
+    "tied": (
+        4,
+        GPTJob(GPTShape(4, 64, 4, 128, tied=True), sequence_parallel=True),
+        ["pp=2", "tp=4", "tp=2,pp=2"],
+        4,
+    ),
+    "moe": (
+        4,
+        GPTJob(GPTShape(2, 32, 4, 128, num_experts=4, bias=False), sequence_parallel=True),
+        ["ep=2", "ep=4", "ep=2,tp=2,etp=1", "ep=2"],
+        3,
+    ),
+    "vpp": (4, GPTJob(GPTShape(8, 32, 4, 128)), ["pp=4", "pp=4,vpp=2", "tp=2"], 3),
+    "buckets": (2, GPTJob(bucket_size=30000), ["dp=2", "tp=2", "dp=2"], 3),
+    "replicated": (2, GPTJob(distributed_optimizer=False), ["tp=2", "dp=2", "pp=2"], 3),
+}
+
+
+@pytest.fixture(scope="module", params=list(TOURS))
+def toured(request):
+    workers, job, layouts, steps = TOURS[request.param]
+    last = 20 if request.param == "gated" else None
+    return run_world(workers, jobs.tour, job, layouts, steps, last, timeout=150)
+
+
+def test_tx01_losses_equal_the_uninterrupted_run(toured):
+    # Covers TX-05 (gated, grouped queries, tied), TX-08 (experts), TX-12 (workers come and go), TX-23 (VPP).
+    loss, norm = jobs.differences(toured)
+    assert loss <= 2e-6
+    assert norm <= 2e-5
+    losses = [step[0] for step in toured[0]["steady"] if step]
+    assert not losses or losses[-1] < losses[0]
+
+
+def test_tx02_live_changes_move_the_lower_bound(toured):
+    for moved, least, identity in toured[0]["bytes"]:
+        assert moved == least <= identity
+
+
+def test_tx12_idle_workers_get_none():
+    workers, job, *_ = TOURS["gated"]
+    results = run_world(workers, jobs.tour, job, ["tp=2,pp=2", "dp=3"], 1, timeout=100)
+    assert sum(r["idle"][-1] for r in results) == 1
+    assert not any(r["idle"][1] for r in results)
+    assert jobs.differences(results)[0] <= 2e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tx07_there_and_back_is_bit_identical(precision):
+    job = GPTJob(precision=precision)
+    for same, small_same, step in run_world(
+        2, jobs.there_and_back, job, ["tp=2", "pp=2", "dp=2"], timeout=100
+    ):
+        assert same
+        assert small_same
+        assert step == 2
+
+
+def test_tx08_experts_there_and_back_are_bit_identical():
+    job = TOURS["moe"][1]
+    results = run_world(4, jobs.there_and_back, job, ["ep=2", "ep=4", "ep=1,tp=2"], timeout=100)
+    assert all(same and small for same, small, _ in results)
+
+
+def test_tx09_parking_the_old_layout_in_host_memory_changes_nothing():
+    parked = partial(jobs.there_and_back, release_source=True)
+    results = run_world(2, parked, GPTJob(), ["tp=2", "pp=2"], timeout=100)
+    assert all(same and small for same, small, _ in results)
+
+
+def test_tx06_padding_of_the_vocabulary():
+    job = GPTJob(GPTShape(4, 32, 4, 130), padded_vocab=True)
+    by_worker = run_world(2, jobs.padded, job, ["tp=2", "pp=2", "tp=2", "dp=2"], 130, timeout=100)
+
+    def real_rows(number):
+        parts: dict = {}
+        for found in by_worker:
+            parts.update(found[number][0])
+        return np.concatenate([parts[offset] for offset in sorted(parts)])
+
+    first = real_rows(0)
+    assert first.shape == (130, 32)
+    for number in (1, 2, 3):
+        assert np.array_equal(first, real_rows(number))
+        assert all(top == 0 for found in by_worker for top in found[number][1])
+    assert any(top > 0 for found in by_worker for top in found[0][1])
+
+
+def test_tx07_random_streams():
+    job = GPTJob(dropout=0.1)
+    results = run_world(2, jobs.random_streams, job, ["tp=2", "tp=2", "pp=2"], timeout=100)
+    for before, same_layout, other_layout in results:
+        assert same_layout == before
+        assert other_layout != before
+    assert results[0][0][1] != results[1][0][1]  # tensor-parallel streams differ among ranks
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("build", "no such model"),
+        ("transport", "content of .* tensors changed while it moved"),
+        ("memory", r"reshard needs .* GiB on rank 0, .* GiB free"),
+    ],
+)
+def test_tx10_a_failed_change_leaves_the_old_layout(how, said):
+    steady = (
+        run_world(2, jobs.tour, GPTJob(), ["tp=2"], 4, timeout=100)[0]["steady"] if how == "build" else None
+    )
+    results = run_world(2, jobs.failing, GPTJob(), "tp=2", "pp=2", how, timeout=100)
+    for error, kept, parallel, curve, builds in results:
+        assert re.search(said, error), error
+        assert kept
+        assert parallel == "tp=2,pp=1,dp=1"
+        if steady:
+            assert max(abs(a[0] - b[0]) for a, b in zip(curve, steady, strict=True)) <= 2e-6
+        if how == "memory":
+            assert builds == 1  # nothing was built, nothing moved

@@ -252,8 +252,7 @@ class QuiverFeatureStore(FeatureStore):
             counts: Any = [rows.numel()]
         else:
             assert placed.code is not None
-            which = placed.code[rows] >> SOURCE_SHIFT
-            counts = torch.stack([(which == s).sum() for s in range(len(placed.sources))])
+            counts = _count_sources(placed.code[rows] >> SOURCE_SHIFT, len(placed.sources))
         with self._lock:
             self._pending.append((placed.tiers, counts, row_bytes))
             if len(self._pending) > 1000 or self.device.type == "cpu":
@@ -266,6 +265,13 @@ class QuiverFeatureStore(FeatureStore):
             for tier, count in zip(
                 tiers, counts if isinstance(counts, list) else counts.tolist(), strict=True
             ):
-                self._rows[tier] += count
-                self._bytes[tier] += count * row_bytes
+                self._rows[tier] += int(count)
+                self._bytes[tier] += int(count) * row_bytes
         self._pending.clear()
+
+
+def _count_sources(which: Tensor, sources: int) -> Tensor:
+    """How often each source is named, ``[sources]``; on a GPU without waiting for it."""
+    if which.device.type == "cpu":
+        return torch.bincount(which, minlength=sources)
+    return torch.histc(which.float(), sources, -0.5, sources - 0.5)

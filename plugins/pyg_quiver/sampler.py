@@ -108,6 +108,7 @@ class QuiverSampler(BaseSampler):
     @num_neighbors.setter
     def num_neighbors(self, value: NumNeighbors | Sequence[int] | dict[EdgeType, list[int]]) -> None:
         self._num_neighbors = value if isinstance(value, NumNeighbors) else NumNeighbors(value)
+        self._psgs: Tensor | None = None
         if self.graphs.is_hetero:
             self._fanouts = dict(self._num_neighbors.get_values(sorted(self.graphs.graphs)))
         else:
@@ -159,12 +160,15 @@ class QuiverSampler(BaseSampler):
         return self._from_nodes(node, key=key, keys=None, time=None)
 
     def psgs(self) -> Tensor:
-        """PSGS of every node (see :func:`pyg_quiver.psgs`), float64 ``[N]`` on the CPU."""
+        """PSGS of every node (see :func:`pyg_quiver.psgs`), float64 ``[N]`` on the CPU; computed once."""
         from pyg_quiver.metrics import psgs
 
-        graph = self.graphs.graphs[self.graphs.only_type]
-        topology = CSCTopology(graph.colptr.cpu(), graph.row.cpu(), num_src_nodes=graph.num_src_nodes)
-        return psgs(topology, self._fanouts[self.graphs.only_type])
+        if self._psgs is None:
+            graph = self.graphs.graphs[self.graphs.only_type]
+            colptr = graph.colptr.to(graph.row.device)  # edges in pinned memory are summed on the CPU
+            topology = CSCTopology(colptr, graph.row, num_src_nodes=graph.num_src_nodes)
+            self._psgs = psgs(topology, self._fanouts[self.graphs.only_type]).cpu()
+        return self._psgs
 
     def sample_groups(self, node: Tensor, group: Tensor, keys: Sequence[int]) -> Sampled:
         """Sample disjoint groups of nodes as if each were alone, in one call.

@@ -330,6 +330,84 @@ def test_qv11_a_hub_with_every_neighbour_runs_alone(model, features):
         assert other.result(30).output.shape == (1, 3)
 
 
+def test_qv23_overload_is_answered_with_fewer_neighbours_and_says_so(model, features, topology, sampler):
+    fewer = QuiverSampler(topology, [2, 1], seed=11)
+    gate = Gate(model)
+    with InferenceEngine(
+        gate, features, sampler, max_batch_psgs=200, max_wait_ms=0, degraded=fewer, degrade_after_ms=0.0
+    ) as engine:
+        first = engine.submit(torch.tensor([0]), request_id=0)
+        assert gate.entered.wait(10)
+        waiting = [engine.submit(torch.tensor([v]), request_id=v) for v in range(1, 40)]
+        gate.open.set()
+        answers = [future.result(30) for future in [first, *waiting]]
+        degraded = [answer for answer in answers if answer.degraded]
+        assert engine.stats().degraded == len(degraded) > 0
+        for answer in answers:
+            again = engine.infer(
+                torch.tensor([answer.request_id]), request_id=answer.request_id, degraded=answer.degraded
+            )
+            assert torch.allclose(answer.output, again, atol=1e-5)
+    with InferenceEngine(model, features, sampler) as engine:
+        assert not engine.submit(torch.tensor([0])).result(30).degraded
+        with pytest.raises(ValueError, match="no degraded samplers"):
+            engine.infer(torch.tensor([0]), degraded=True)
+    with pytest.raises(ValueError, match=r"degraded has routes \['other'\], samplers \['cpu'\]"):
+        InferenceEngine(model, features, sampler, degraded={"other": fewer})
+
+
+def test_qv23_degrading_answers_more_in_time_at_twice_the_capacity(features, topology):
+    """Work costs time by the edge; the objective is three times the service of one full batch."""
+
+    def slow(x, edge_index):
+        time.sleep(1e-5 * edge_index.shape[1])
+        return x[:, :1]
+
+    full, fewer = QuiverSampler(topology, [8, 8]), QuiverSampler(topology, [3, 2])
+    work = float(full.psgs().mean())
+    gap = 1e-5 * work / 2  # arrivals at twice the rate that full fan-outs can serve
+
+    def answered_in_time(degraded):
+        with InferenceEngine(
+            slow, features, full, max_batch_psgs=work * 8, max_queue=40, max_wait_ms=0,
+            degraded=degraded, degrade_after_ms=1e3 * gap * 8,
+        ) as engine:  # fmt: skip
+            futures, sent = [], []
+            for i in range(300):
+                time.sleep(gap)
+                try:
+                    futures.append(engine.submit(torch.tensor([i])))
+                    sent.append(i)
+                except EngineOverloaded:
+                    continue
+            answers = [future.result(30) for future in futures]
+        return sum(answer.queue_s + answer.service_s <= gap * 48 for answer in answers)
+
+    refusing, degrading = answered_in_time(None), answered_in_time(fewer)
+    assert degrading >= 1.3 * refusing
+
+
+def test_several_workers_of_a_route_run_at_once_and_predictions_learn(model, features, topology, sampler):
+    together = threading.Barrier(2, timeout=20)
+
+    def meet(x, edge_index):
+        together.wait()
+        return model(x, edge_index)
+
+    cost = EarliestFinishRouter({"cpu": CostModel(1e-6, 0.0)})
+    with InferenceEngine(
+        meet, features, {"cpu": sampler}, router=cost, workers={"cpu": 2}, max_batch_psgs=1.0, max_wait_ms=0
+    ) as engine:
+        assert sorted(threads()) == ["pyg_quiver-cpu", "pyg_quiver-cpu-1", "pyg_quiver-dispatch"]
+        futures = [engine.submit(torch.tensor([v])) for v in range(6)]
+        assert all(future.result(30).output.shape == (1, 3) for future in futures)
+        # The cost model was far too low: it has been raised by what batches took.
+        assert engine._predict("cpu", 1.0) > cost.cost["cpu"].predict(1.0)
+    with pytest.raises(ValueError, match="workers is"):
+        InferenceEngine(model, features, sampler, workers={"gpu": 1})
+    assert threads() == []
+
+
 def test_reload_changes_later_answers_and_drops_none(model, features, sampler, topology):
     torch.manual_seed(1)
     newer = GraphSAGE(12, 16, num_layers=2, out_channels=3).eval()

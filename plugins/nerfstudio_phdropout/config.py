@@ -30,8 +30,9 @@ class PHDropoutConfig:
     """Masks drawn by Monte Carlo, at least 2."""
     mask: Literal["trial", "sample"] = "trial"
     """NeRF: one mask a trial (a sub-network), or another for every 3-D sample (the authors' code)."""
-    layers: Literal["first", "hidden"] = "hidden"
-    """NeRF: which layers of each MLP lose units."""
+    layers: Literal["first", "hidden", "features", "table"] = "hidden"
+    """NeRF: what is dropped. ``first``, ``hidden``: units of those layers of each MLP; ``features``: outputs
+    of the hash encoding; ``table``: entries of its table."""
     rescale: bool = True
     """NeRF: divide what is kept by 1 - ratio."""
     mask_proposal_networks: bool = False
@@ -50,6 +51,10 @@ class PHDropoutConfig:
         check_open_unit("margin", self.margin)
         if self.num_trials < 2:
             raise ValueError(f"num_trials must be at least 2 for an unbiased variance, got {self.num_trials}")
+        if self.mask == "sample" and self.layers in ("features", "table"):
+            raise ValueError(
+                f"layers={self.layers!r} has one mask a trial; mask='sample' is for hidden units"
+            )
         if self.search_views < 0:
             raise ValueError(f"search_views must be 0 (all) or positive, got {self.search_views}")
 

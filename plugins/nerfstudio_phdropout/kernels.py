@@ -136,7 +136,7 @@ def rasterize_moments_torch(
         centres, shapes, opacity, color = (tensor[ids] for tensor in flat)
         background = color.new_zeros(channels) if backgrounds is None else backgrounds[tile.image]
         alphas = tile_alphas(tile, centres, shapes, opacity)
-        fields.append(_tile_moments(alphas, color, keep[ids], background))
+        fields.append(tile_moments(alphas, color, keep[ids], background))
     mean, variance, through, through_variance, negated = (
         assemble_tiles(list(parts), images, image_width, image_height, tile_size)
         for parts in zip(*fields, strict=True)
@@ -168,7 +168,7 @@ def before(products: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=-1)
 
 
-def _tile_moments(alphas: Tensor, colors: Tensor, keep: Tensor, background: Tensor) -> list[Tensor]:
+def tile_moments(alphas: Tensor, colors: Tensor, keep: Tensor, background: Tensor) -> list[Tensor]:
     """Mean, variance, transmittance, its variance, covariance with the colour; ``[P, D]``, ``[P, 1]``."""
     pixels, count = alphas.shape
     if count == 0:

@@ -63,7 +63,12 @@ def _linear_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, list[tup
             yield name, owner, members
 
 
-def _refuse_fused(module: nn.Module) -> None:
+def refuse_fused(module: nn.Module) -> None:
+    """Refuse a module that holds a fused tinycudann network.
+
+    Raises:
+        RuntimeError: naming it.
+    """
     for name, child in module.named_modules():
         kind = type(child)
         if kind.__module__.split(".")[0] == "tinycudann" and kind.__name__.startswith("Network"):
@@ -92,7 +97,7 @@ def maskable_layers(module: nn.Module, layers: Literal["first", "hidden"] = "hid
     """
     if layers not in ("first", "hidden"):
         raise ValueError(f"layers must be 'first' or 'hidden', got {layers!r}")
-    _refuse_fused(module)
+    refuse_fused(module)
     found: dict[str, nn.Linear] = {}
     for name, owner, members in _linear_stacks(module):
         linears = [(child_name, child) for child_name, child in members if isinstance(child, nn.Linear)]
@@ -125,7 +130,7 @@ def _reader_of(module: nn.Module, target: nn.Linear) -> nn.Linear | None:
     return None
 
 
-class _UnitMask:
+class UnitMask:
     """Drops units of one layer; the same for all rows, or another mask a row."""
 
     def __init__(
@@ -159,7 +164,7 @@ class _UnitMask:
         return self.cache
 
 
-def _attach(module: nn.Module, layer: nn.Linear, mask: _UnitMask) -> Any:
+def _attach(module: nn.Module, layer: nn.Linear, mask: UnitMask) -> Any:
     reader = _reader_of(module, layer)
     if reader is None:
         return layer.register_forward_hook(lambda _module, _inputs, output: mask(output))
@@ -215,7 +220,7 @@ def posthoc_dropout(
             scale = 1 / (1 - ratio) if rescale else 1.0
             for stream, layer in enumerate(chosen.values()):
                 source = {"seed": seed, "trial": trial, "stream": stream}
-                unit_mask = _UnitMask(
+                unit_mask = UnitMask(
                     layer.out_features, ratio, source=source, per_row=mask == "sample", scale=scale
                 )
                 stack.callback(_attach(module, layer, unit_mask).remove)

@@ -22,10 +22,12 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig, RAdamOptimizerConf
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from nerfstudio.pipelines.dynamic_batch import DynamicBatchPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from nerfstudio_phdropout.nerfstudio_dataparser import PHDSyntheticDataParserConfig
 from nerfstudio_phdropout.nerfstudio_models import (
+    PHDropoutInstantNGPModelConfig,
     PHDropoutNerfactoModelConfig,
     PHDropoutSplatfactoModelConfig,
     PHDropoutVanillaModelConfig,
@@ -133,6 +135,28 @@ phd_splatfacto = MethodSpecification(
         vis="viewer",
     ),
     description="splatfacto with exact post hoc epistemic uncertainty (PH-Dropout)",
+)
+
+phd_instant_ngp = MethodSpecification(
+    config=TrainerConfig(
+        method_name="phd-instant-ngp",
+        steps_per_eval_batch=500,
+        steps_per_save=2000,
+        max_num_iterations=30_000,
+        mixed_precision=True,
+        pipeline=DynamicBatchPipelineConfig(
+            datamanager=VanillaDataManagerConfig(
+                dataparser=NerfstudioDataParserConfig(),
+                train_num_rays_per_batch=4096,
+                eval_num_rays_per_batch=4096,
+            ),
+            model=PHDropoutInstantNGPModelConfig(eval_num_rays_per_chunk=8192),
+        ),
+        optimizers={"fields": _adam(1e-2, 1e-4, max_steps=200_000)},
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 12),
+        vis="viewer",
+    ),
+    description="instant-ngp with post hoc epistemic uncertainty (PH-Dropout); needs CUDA",
 )
 
 phd_vanilla_nerf = MethodSpecification(

@@ -20,12 +20,14 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.models.instant_ngp import InstantNGPModelConfig, NGPModel
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.models.vanilla_nerf import NeRFModel, VanillaModelConfig
 from torch import Tensor, nn
 
 from nerfstudio_phdropout.config import PHDropoutConfig
+from nerfstudio_phdropout.encodings import encoding_dropout
 from nerfstudio_phdropout.masks import drop_uniforms, maskable_layers, posthoc_dropout
 from nerfstudio_phdropout.metrics import uncertainty_metrics
 from nerfstudio_phdropout.moments import RenderMoments, monte_carlo_moments
@@ -33,6 +35,7 @@ from nerfstudio_phdropout.rasterize import expected_depth_moments, rasterization
 from nerfstudio_phdropout.search import DropoutSearchResult, max_dropout_ratio
 from nerfstudio_phdropout.shared_trunk import memoized
 from nerfstudio_phdropout.sidecar import read_ratio, sidecar_path, write_sidecar
+from nerfstudio_phdropout.tiles import ALPHA_MIN
 
 Outputs = dict[str, Any]
 
@@ -192,7 +195,8 @@ class NeRFMixin(PHDropoutMixin):
         super().populate_modules()  # type: ignore[misc]
         if self.config.phdropout.estimator == "exact":
             raise ValueError("exact moments exist for Gaussian splatting only; set estimator='monte_carlo'")
-        maskable_layers(self, self.config.phdropout.layers)  # type: ignore[arg-type]
+        with self._trial(0.0, 0):
+            pass
 
     def _select(self, name: str) -> bool:
         prefixes = self._masked_prefixes
@@ -207,26 +211,36 @@ class NeRFMixin(PHDropoutMixin):
     @contextmanager
     def _trial(self, ratio: float, trial: int) -> Iterator[None]:
         settings: PHDropoutConfig = self.config.phdropout
-        with posthoc_dropout(
-            self,  # type: ignore[arg-type]
-            ratio,
-            seed=settings.seed,
-            trial=trial,
-            layers=settings.layers,
-            mask=settings.mask,
-            rescale=settings.rescale,
-            select=self._select,
-        ):
-            yield
+        module: Any = self
+        layers: Any = settings.layers
+        common: dict[str, Any] = {
+            "seed": settings.seed, "trial": trial, "rescale": settings.rescale, "select": self._select,
+        }  # fmt: skip
+        if layers in ("features", "table"):
+            with encoding_dropout(module, ratio, part=layers, **common):
+                yield
+        else:
+            with posthoc_dropout(module, ratio, layers=layers, mask=settings.mask, **common):
+                yield
 
     def _first_layers(self, *prefixes: str) -> list[nn.Module]:
         first = maskable_layers(self, "first")  # type: ignore[arg-type]
         return [layer for name, layer in first.items() if name.startswith(prefixes)]
 
     @torch.no_grad()
-    def _ray_moments(self, camera_ray_bundle: RayBundle, ratio: float) -> RenderMoments:
-        """Moments of rgb, accumulation and depth, ``[H, W, 5]``, chunk by chunk."""
+    def moments_for_rays(self, camera_ray_bundle: RayBundle, ratio: float) -> RenderMoments:
+        """Moments of rgb, accumulation and depth over trials, ``[H, W, 5]``, chunk by chunk.
+
+        Args:
+            camera_ray_bundle: ``[H, W]`` rays, any subset of a camera's.
+            ratio: in [0, 1).
+
+        Returns:
+            rgb alone, ``[H, W, 3]``, where trials are rounded to 8 bits.
+        """
         settings: PHDropoutConfig = self.config.phdropout
+        if settings.quantize:
+            return self._quantized_moments(camera_ray_bundle, ratio)
         device = camera_ray_bundle.directions.device
         height, width = camera_ray_bundle.origins.shape[:2]
         chunk = self.config.eval_num_rays_per_chunk
@@ -255,10 +269,7 @@ class NeRFMixin(PHDropoutMixin):
         ratio = self.dropout_ratio()
         if ratio is None:
             return outputs
-        if self.config.phdropout.quantize:
-            moments = self._quantized_moments(camera_ray_bundle, ratio)
-        else:
-            moments = self._ray_moments(camera_ray_bundle, ratio)
+        moments = self.moments_for_rays(camera_ray_bundle, ratio)
         outputs.update(_uncertainty_outputs(RenderMoments(moments.mean[..., :3], moments.variance[..., :3])))
         if moments.mean.shape[-1] > 3:
             outputs["accumulation_std"] = moments.std[..., 3:4]
@@ -266,26 +277,28 @@ class NeRFMixin(PHDropoutMixin):
         return outputs
 
     def _quantized_moments(self, camera_ray_bundle: RayBundle, ratio: float) -> RenderMoments:
-        """As the authors do: whole images, each by way of 8 bits; colour only."""
+        """As the authors do: whole images, each by way of 8 bits."""
 
         def render(trial: int) -> Tensor:
-            with self._trial(ratio, trial):
-                outputs = super(NeRFMixin, self).get_outputs_for_camera_ray_bundle(camera_ray_bundle)  # type: ignore[misc]
-            return outputs[self._channels[0]]
+            return self.masked_rgb_of_rays(camera_ray_bundle, ratio, trial)
 
         return monte_carlo_moments(render, self.config.phdropout.num_trials, quantize=True)
 
     def moments_for_camera(self, camera: Cameras, ratio: float) -> RenderMoments:
         """See `PHDropoutMixin`."""
-        moments = self._ray_moments(camera.generate_rays(camera_indices=0, keep_shape=True), ratio)
+        moments = self.moments_for_rays(camera.generate_rays(camera_indices=0, keep_shape=True), ratio)
         return RenderMoments(moments.mean[..., :3], moments.variance[..., :3])
 
     @torch.no_grad()
     def masked_rgb(self, camera: Cameras, ratio: float, trial: int) -> Tensor:
         """See `PHDropoutMixin`."""
-        rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+        return self.masked_rgb_of_rays(camera.generate_rays(camera_indices=0, keep_shape=True), ratio, trial)
+
+    @torch.no_grad()
+    def masked_rgb_of_rays(self, camera_ray_bundle: RayBundle, ratio: float, trial: int) -> Tensor:
+        """``[H, W, 3]`` one trial of ``[H, W]`` rays."""
         with self._trial(ratio, trial):
-            outputs = super().get_outputs_for_camera_ray_bundle(rays)  # type: ignore[misc]
+            outputs = super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)  # type: ignore[misc]
         return outputs[self._channels[0]].to(self.device)
 
     def ground_truth(self, image: Tensor) -> Tensor:
@@ -309,16 +322,52 @@ class PHDropoutNerfactoModel(NeRFMixin, NerfactoModel):
 
     config: PHDropoutNerfactoModelConfig
 
+    def _shared_base(self) -> list[nn.Module]:
+        """What of the hash encoding and the first layer behind it comes before the first mask."""
+        if self.config.phdropout.layers == "table":
+            return []
+        encoding = self.field.mlp_base.model[0]
+        if self.config.phdropout.layers == "features":
+            return [encoding]
+        return [encoding, *self._first_layers("field.mlp_base.")]
+
     def _shared_modules(self) -> list[nn.Module]:
         if self.config.phdropout.mask_proposal_networks:
             return []
-        encoding = self.field.mlp_base.model[0]
-        return [
-            self.proposal_sampler,
-            self.field.direction_encoding,
-            encoding,
-            *self._first_layers("field.mlp_base."),
-        ]
+        return [self.proposal_sampler, self.field.direction_encoding, *self._shared_base()]
+
+
+@dataclass
+class PHDropoutInstantNGPModelConfig(InstantNGPModelConfig):
+    """instant-ngp with PH-Dropout."""
+
+    _target: type = field(default_factory=lambda: PHDropoutInstantNGPModel)
+    phdropout: PHDropoutConfig = field(default_factory=PHDropoutConfig)
+    """Uncertainty settings."""
+
+
+class PHDropoutInstantNGPModel(NeRFMixin, NGPModel):
+    """instant-ngp with PH-Dropout. Its sampler (nerfacc) needs CUDA.
+
+    The sampler asks the masked field which samples are empty, so trials share nothing.
+    """
+
+    config: PHDropoutInstantNGPModelConfig
+
+    def get_outputs(self, ray_bundle: RayBundle) -> Outputs:
+        """The plain model's.
+
+        Raises:
+            RuntimeError: no CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise RuntimeError(
+                "instant-ngp samples rays by nerfacc's CUDA kernels; use phd-nerfacto on a CPU"
+            )
+        return super().get_outputs(ray_bundle)
+
+    def _shared_modules(self) -> list[nn.Module]:
+        return []
 
 
 @dataclass
@@ -486,7 +535,25 @@ class PHDropoutSplatfactoModel(PHDropoutMixin, SplatfactoModel):
         uniforms = drop_uniforms(len(opacities), seed=seed, trial=trial, device=opacities.device)
         return {**gaussians, "opacities": opacities * (uniforms >= ratio)}
 
+    def search_ratio(self, dataset: Any) -> DropoutSearchResult:
+        """See `PHDropoutMixin`.
+
+        Raises:
+            ValueError: no Gaussian is opaque enough to be seen.
+        """
+        self._refuse_unseen()
+        return super().search_ratio(dataset)
+
+    def _refuse_unseen(self) -> None:
+        """Dropping what nobody sees moves nothing: sigma would be 0 and look like certainty."""
+        if self.num_points == 0 or float(torch.sigmoid(self.opacities).max()) < ALPHA_MIN:
+            raise ValueError(
+                f"none of the {self.num_points} Gaussians has an opacity of 1/255 or more, so dropout moves "
+                "nothing and sigma would be 0; train the model first"
+            )
+
     def _uncertainty(self, camera: Cameras, ratio: float) -> Outputs:
+        self._refuse_unseen()
         height, width = int(camera.height.item()), int(camera.width.item())
         if self._gaussians()["means"].shape[0] == 0:
             zero = self.means.new_zeros(height, width, 3)
@@ -526,5 +593,6 @@ PlainToTwin = dict[type, tuple[str, Callable[..., Any]]]
 TWINS: PlainToTwin = {
     NerfactoModelConfig: ("phd-nerfacto", PHDropoutNerfactoModelConfig),
     SplatfactoModelConfig: ("phd-splatfacto", PHDropoutSplatfactoModelConfig),
+    InstantNGPModelConfig: ("phd-instant-ngp", PHDropoutInstantNGPModelConfig),
     VanillaModelConfig: ("phd-vanilla-nerf", PHDropoutVanillaModelConfig),
 }

@@ -297,6 +297,8 @@ def _check_shapes(
     means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor
 ) -> None:
     count, images = means.shape[0], viewmats.shape[0]
+    if opacities is None:
+        raise ValueError("opacities are missing; dropout acts on them, so sigma would be 0 without")
     for name, tensor, shape in (
         ("means", means, (count, 3)),
         ("quats", quats, (count, 4)),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,7 @@ def write_scene(
     resolution: int = 64,
     train_azimuth: tuple[float, float] = (0.0, 360.0),
     seed: int = 0,
+    workers: int = 1,
 ) -> Path:
     """Trace a scene and write it.
 
@@ -163,6 +166,7 @@ def write_scene(
         num_eval: views of the whole orbit, so a partial ``train_azimuth`` leaves unseen sides.
         resolution: pixels a side.
         seed: decides the scene.
+        workers: processes that trace; the files do not depend on it.
 
     Returns:
         ``path``.
@@ -183,8 +187,8 @@ def write_scene(
     arc = (high - low) * (num_train - 1) / num_train if high - low == 360 else high - low
     train = [(low + arc * (i / max(num_train - 1, 1)), (12.0, 30.0, 50.0)[i % 3]) for i in range(num_train)]
     evaluation = [(360 * (i + 0.5) / num_eval, (22.0, 40.0)[i % 2]) for i in range(num_eval)]
-    clouds = _write_split(folder, "train", solids, train, resolution)
-    _write_split(folder, "test", solids, evaluation, resolution)
+    clouds = _write_split(folder, "train", solids, train, resolution=resolution, workers=workers)
+    _write_split(folder, "test", solids, evaluation, resolution=resolution, workers=workers)
     (folder / "transforms_val.json").write_text((folder / "transforms_test.json").read_text())
     xyz = np.concatenate([cloud[0] for cloud in clouds])
     rgb = np.concatenate([cloud[1] for cloud in clouds])
@@ -194,26 +198,44 @@ def write_scene(
 
 
 def _write_split(
-    folder: Path, split: str, solids: list[Solid], views: list[tuple[float, float]], resolution: int
+    folder: Path,
+    split: str,
+    solids: list[Solid],
+    views: list[tuple[float, float]],
+    *,
+    resolution: int,
+    workers: int,
 ) -> list[tuple[Array, NDArray[np.uint8]]]:
     """Write images, depths and poses of one split; returns surface points and colours of each view."""
-    from PIL import Image
-
     (folder / split).mkdir(parents=True, exist_ok=True)
-    frames: list[dict[str, Any]] = []
-    clouds = []
-    for index, (azimuth, elevation) in enumerate(views):
-        pose = camera_to_world(azimuth, elevation)
-        image, depth = trace(solids, pose, resolution)
-        pixels = (image * 255).round().astype(np.uint8)
-        name = f"{split}/r_{index:03d}"
-        Image.fromarray(pixels, "RGBA").save(folder / f"{name}.png")
-        np.save(folder / f"{name}_depth.npy", depth.astype(np.float32))
-        frames.append({"file_path": f"./{name}", "transform_matrix": pose.tolist()})
-        clouds.append(_back_project(pixels, depth, pose))
-    content = {"camera_angle_x": CAMERA_ANGLE, "frames": frames}
+    names = [f"{split}/r_{index:03d}" for index in range(len(views))]
+    jobs = [(folder, name, solids, view, resolution) for name, view in zip(names, views, strict=True)]
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            clouds = list(pool.map(_write_view, jobs))
+    else:
+        clouds = list(map(_write_view, jobs))
+    frames: Iterable[dict[str, Any]] = (
+        {"file_path": f"./{name}", "transform_matrix": camera_to_world(*view).tolist()}
+        for name, view in zip(names, views, strict=True)
+    )
+    content = {"camera_angle_x": CAMERA_ANGLE, "frames": list(frames)}
     (folder / f"transforms_{split}.json").write_text(json.dumps(content, indent=1))
     return clouds
+
+
+def _write_view(
+    job: tuple[Path, str, list[Solid], tuple[float, float], int],
+) -> tuple[Array, NDArray[np.uint8]]:
+    from PIL import Image
+
+    folder, name, solids, view, resolution = job
+    pose = camera_to_world(*view)
+    image, depth = trace(solids, pose, resolution)
+    pixels = (image * 255).round().astype(np.uint8)
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    np.save(folder / f"{name}_depth.npy", depth.astype(np.float32))
+    return _back_project(pixels, depth, pose)
 
 
 def _back_project(pixels: NDArray[np.uint8], depth: Array, pose: Array) -> tuple[Array, NDArray[np.uint8]]:

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,126 @@ def test_ph15_shared_trunk_gives_the_images_of_full_renders(runs):
         torch.testing.assert_close(shared.std, images.std(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", ["features", "table"])
+def test_ph15_trials_in_the_hash_encoding_give_the_images_of_full_renders(runs, layers):
+    pipeline = load(runs("phd-nerfacto-tiny"))
+    model = pipeline.model
+    camera = pipeline.datamanager.eval_dataset.cameras[:1]
+    settings = model.config.phdropout
+    settings.layers, settings.num_trials = layers, 3
+    before = model.plain_rgb(camera)
+    shared = model.moments_for_camera(camera, 0.2)
+    images = torch.stack([model.masked_rgb(camera, 0.2, trial) for trial in range(3)])
+    assert float(shared.std.max()) > 0
+    torch.testing.assert_close(shared.mean, images.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared.std, images.std(0), rtol=0, atol=1e-5)
+    assert torch.equal(model.plain_rgb(camera), before)
+    vanilla = load(runs("phd-vanilla-nerf-tiny")).model
+    vanilla.config.phdropout.layers = layers
+    with pytest.raises(ValueError, match="no hash encoding in PHDropoutVanillaModel; use layers='hidden'"):
+        vanilla.masked_rgb(camera, 0.1, 0)
+
+
+def test_ph20_probes_of_nerfacto_are_its_derivatives(runs):
+    """Along a change of the hash table and of sample points, against finite differences in float64."""
+    from nerfstudio_phdropout.nerfstudio_baselines import NerfactoProbe, training_rays
+
+    pipeline = load(runs("phd-nerfacto-tiny"))
+    model = pipeline.model.double()
+    rays = next(training_rays(pipeline.datamanager.train_dataset.cameras, 40, 40, seed=1))
+    for name in ("origins", "directions", "pixel_area"):
+        setattr(rays, name, getattr(rays, name).double())
+    probe = NerfactoProbe(model)
+    table, samples = probe.table, probe._samples(rays)
+    probe._samples = lambda _rays: samples  # proposals would follow changes of nothing here; keep one set
+    torch.manual_seed(0)
+    direction = torch.randn_like(table)
+    change = next(probe.along(rays, [direction]))
+    step, whole = 1e-5, table.data
+
+    def color(amount: float) -> torch.Tensor:
+        table.data = whole + amount * direction
+        with torch.no_grad():
+            found = probe._field(samples)[0]
+        table.data = whole
+        return found
+
+    expected = (color(step) - color(-step)) / (2 * step)
+    # Colours clipped to [0, 1] do not move.
+    inside = (color(0.0) > 0) & (color(0.0) < 1)
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(change[inside], expected[inside], rtol=1e-4, atol=1e-6)
+    signs = torch.ones(len(rays), 3, dtype=torch.float64)
+    gradient = torch.autograd.grad(probe._field(samples)[0].sum(), table)[0]
+    torch.testing.assert_close(probe.table_square(rays, signs), gradient.square())
+    points, gradients = probe.by_position(rays)
+    outside = ((points < 0) | (points > 1)).any(-1)
+    assert not bool(gradients[:, outside].any())
+    moved = torch.randn_like(gradients[0]) * 1e-7
+    with torch.no_grad():
+        samples.frustums.set_offsets(moved)
+        ahead = probe._field(samples)[0]
+        samples.frustums.set_offsets(-moved)
+        behind = probe._field(samples)[0]
+    torch.testing.assert_close(
+        (gradients * moved).sum((-1, -2)).T[inside], ((ahead - behind) / 2)[inside], rtol=2e-2, atol=1e-9
+    )
+
+
+def test_ph20_laplace_and_fisher_maps_of_a_run(runs):
+    from nerfstudio_phdropout.nerfstudio_baselines import (
+        fisher_map,
+        fisher_table,
+        laplace_grid,
+        laplace_map,
+        training_rays,
+    )
+
+    pipeline = load(runs("phd-nerfacto-tiny"))
+    model, cameras = pipeline.model, pipeline.datamanager.train_dataset.cameras
+    grid = laplace_grid(model, training_rays(cameras, 600, 200), resolution=16)
+    information = fisher_table(model, training_rays(cameras, 600, 200))
+    assert grid.rays == 600
+    assert float(grid.information.max()) > 0
+    assert information.shape == model.field.mlp_base.model[0].hash_table.shape
+    rays = next(training_rays(cameras, 50, 50, seed=3))
+    spread, variance = laplace_map(model, rays, grid), fisher_map(model, rays, information, probes=4)
+    assert spread.shape == (50,)
+    assert variance.shape == (50, 3)
+    assert bool(torch.isfinite(spread).all())
+    assert bool((variance >= 0).all())
+    less = fisher_map(model, rays, information * 100, probes=4, prior=1e-4)
+    assert float(less.mean()) < float(variance.mean())
+    with pytest.raises(ValueError, match="has no hash table in torch"):
+        laplace_grid(load(runs("phd-vanilla-nerf-tiny")).model, [])
+
+
+def test_instant_ngp_has_a_form_whose_field_is_masked(workspace):
+    """Its sampler needs CUDA; the field, where dropout happens, does not."""
+    from nerfstudio.configs.method_configs import all_methods
+    from nerfstudio.data.scene_box import SceneBox
+
+    from nerfstudio_phdropout import PHDropoutConfig
+    from nerfstudio_phdropout.nerfstudio_attach import twin_config
+
+    twin = twin_config(all_methods["instant-ngp"], PHDropoutConfig(ratio=0.3))
+    assert twin.method_name == "phd-instant-ngp"
+    assert all_methods["phd-instant-ngp"].pipeline.model.phdropout is not None
+    twin.pipeline.model.log2_hashmap_size = 10
+    box = SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1.0, 1, 1]]))
+    model = twin.pipeline.model.setup(scene_box=box, num_train_data=3, metadata={})
+    rays = SimpleNamespace(origins=torch.zeros(1, 3))
+    with pytest.raises(RuntimeError, match="by nerfacc's CUDA kernels; use phd-nerfacto on a CPU"):
+        model.get_outputs(rays)
+    points = torch.rand(64, 3) - 0.5
+    plain = model.field.density_fn(points)
+    for layers in ("hidden", "features", "table"):
+        model.config.phdropout.layers = layers
+        with model._trial(0.3, 0):
+            assert not torch.equal(model.field.density_fn(points), plain)
+        assert torch.equal(model.field.density_fn(points), plain)
+
+
 def test_reference_mode_masks_samples_and_rounds_to_8_bits(runs):
     from nerfstudio_phdropout import PHDropoutConfig
 
@@ -309,7 +430,9 @@ def test_methods_without_a_twin_are_refused(workspace):
     from nerfstudio_phdropout import PHDropoutConfig
     from nerfstudio_phdropout.nerfstudio_attach import twin_config
 
-    with pytest.raises(ValueError, match="supported methods: nerfacto, splatfacto, vanilla-nerf"):
+    with pytest.raises(
+        ValueError, match="supported methods: nerfacto, splatfacto, instant-ngp, vanilla-nerf"
+    ):
         twin_config(all_methods["tensorf"], PHDropoutConfig())
 
 
@@ -324,12 +447,22 @@ def test_rendering_without_a_ratio_and_exact_on_nerf_are_refused(runs):
         pipeline.model.populate_modules()
 
 
+def test_splats_that_nobody_sees_are_refused_not_certain(runs):
+    pipeline = load(runs("phd-splatfacto-tiny"))
+    with torch.no_grad():
+        pipeline.model.opacities.fill_(-9.0)
+    with pytest.raises(ValueError, match="has an opacity of 1/255 or more, so dropout moves nothing"):
+        first_outputs(pipeline)
+    with pytest.raises(ValueError, match="sigma would be 0; train the model first"):
+        pipeline.model.search_ratio(pipeline.datamanager.train_dataset)
+
+
 def test_entry_points_load_in_a_fresh_process():
     code = (
         "from importlib.metadata import entry_points as e;"
         "n=[p.load() for g in ('nerfstudio.method_configs','nerfstudio.dataparser_configs')"
         " for p in e(group=g) if p.name.startswith('phd-')];"
-        "assert len(n)==7, n;"
+        "assert len(n)==8, n;"
         "import numpy, torch, io; b=io.BytesIO();"
         "torch.save({'lr': numpy.float64(0.1)}, b); b.seek(0);"
         "assert torch.load(b, weights_only=True)['lr']==0.1"

@@ -245,6 +245,8 @@ def test_bad_input_is_refused():
         rasterization_moments(**scene, dropout_ratio=1.0, **size)
     with pytest.raises(ValueError, match=r"means has shape|quats has shape \[4, 4\], expected \[5, 4\]"):
         rasterization(**{**scene, "quats": scene["quats"][:4]}, **size)
+    with pytest.raises(ValueError, match="opacities are missing; dropout acts on them"):
+        rasterization_moments(**{**scene, "opacities": None}, dropout_ratio=0.1, **size)
     with pytest.raises(ValueError, match=r"opacities has shape \[5, 1\], expected \[5\]"):
         rasterization(**{**scene, "opacities": scene["opacities"][:, None]}, **size)
     with pytest.raises(ValueError, match="unknown option 'pakced'; did you mean 'packed'"):

@@ -1,0 +1,403 @@
+"""Which uncertainty says where a scene is wrong? nerfacto and splatfacto on half-circle captures, with peers.
+
+    python benchmarks/nerfstudio_phdropout_scenes.py [--budget 200] [--out DIR] [--work DIR]
+
+Traces scenes of 400x400 pixels, trains ensembles of nerfstudio's nerfacto and splatfacto on them (processes
+share the GPUs at hand), and compares on views of the whole orbit: PH-Dropout in its modes, an ensemble,
+BayesRays' Laplace, FisherRF, 1 - accumulation and noise. Then, alone on the machine, times each of them.
+Results are rewritten as models finish, so a run that is cut off keeps what it has. ``--device cpu`` runs the
+same with the -tiny methods; ``--prepare`` traces the scenes only; ``--draw`` draws sheets from saved maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
+
+from benchmarks.common import RESULTS, Headline, interleaved, write_result  # noqa: E402
+
+NAME = "nerfstudio_phdropout_scenes"
+KINDS = ("nerfacto", "splatfacto")
+# Seconds kept at the end of the budget for timing on the quiet machine.
+TIMING = 30.0
+
+
+def trace_scene(folder: Path, seed: int, options: argparse.Namespace, workers: int) -> None:
+    """A half-circle capture and test views of the whole orbit, unless it is there."""
+    from nerfstudio_phdropout.synthetic import write_scene
+
+    if not (folder / "points.npz").exists():
+        write_scene(
+            folder, num_train=options.train_views, num_eval=options.views, resolution=options.resolution,
+            train_azimuth=(0, 180), seed=seed, workers=workers,
+        )  # fmt: skip
+
+
+def run_job(job: Any, gpu: int, timing: bool = False) -> None:
+    """Entry of a process: train, save images, and for member 0 judge every arm; output goes to a log."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    import torch
+
+    torch.set_num_threads(1)
+    log = job.work / f"{'time_' if timing else ''}{job.name}.log"
+    with log.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        try:
+            time_arms(job) if timing else judge(job)
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def judge(job: Any) -> None:
+    """Train the job's model and save its images; for member 0 also scores (JSON) and maps (npz)."""
+    import torch
+
+    from benchmarks import nerfstudio_phdropout_arms as arms
+
+    pipeline, seconds = arms.train(job)
+    measured = (arms.NerfArms if job.kind == "nerfacto" else arms.SplatArms)(job, pipeline)
+    if job.member == arms.TRAINED:
+        maps = measured.trained_dropout()
+        scores = {"trained MC dropout": arms.score(*maps, measured.targets, measured.masks)}
+        _write_json(job.work / f"{job.name}.json", {"training_seconds": seconds, "scores": scores})
+        return
+    with torch.no_grad():
+        plain = measured.plain()
+    _save(job.work / f"{job.name}.npy", lambda path: np.save(path, plain.cpu().numpy()))
+    _write_json(job.work / f"{job.name}.json", {"training_seconds": seconds})
+    if job.member:
+        return
+    torch.save(pipeline.model.state_dict(), job.work / f"{job.name}.pt")
+    targets, masks = measured.targets, measured.masks
+    target, mask = targets.cpu().numpy(), masks.cpu().numpy()
+    _save(job.work / f"{job.name}_truth.npz", lambda path: np.savez(path, target=target, mask=mask))
+    view = job.views * 3 // 4
+    maps = {
+        "truth": target[view], "image": plain[view].cpu().numpy(),
+        "error": (plain[view] - targets[view]).abs().mean(-1).cpu().numpy(),
+    }  # fmt: skip
+    result: dict[str, Any] = {
+        "training_seconds": seconds,
+        "psnr_of_views": [arms.psnr(a, b) for a, b in zip(plain, targets, strict=True)],
+        "parameters": sum(p.numel() for p in pipeline.model.parameters()),
+        "ratios": measured.ratios,
+        "scores": {},
+    }
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(plain.shape, generator=generator).to(plain.device) * 0.1
+    chosen: dict[str, Callable[[], Any]] = measured.arms()
+    first = dict(list(chosen.items())[:1])
+    extra = {
+        "1 - accumulation": lambda: (plain, (1 - measured.accumulation()).clamp(min=0).expand_as(plain)),
+        "random": lambda: (plain, noise),
+    }
+    for name, estimate in {**first, **extra, **chosen}.items():
+        with torch.no_grad():
+            mean, sigma = estimate()
+        result["scores"][name] = arms.score(mean, sigma, targets, masks)
+        maps[f"sigma: {name}"] = sigma[view].mean(-1).cpu().numpy()
+        _write_json(job.work / f"{job.name}.json", result)
+        print(name, result["scores"][name], flush=True)
+        halves = {key: value.astype(np.float16) for key, value in maps.items()}
+        _save(job.work / f"{job.name}.npz", lambda path, kept=halves: np.savez_compressed(path, **kept))
+
+
+def time_arms(job: Any) -> None:
+    """Seconds of each arm on one view of a trained model, taken in turns; nothing else should run."""
+    import torch
+
+    from benchmarks import nerfstudio_phdropout_arms as arms
+
+    trainer = arms.trainer_config(job).setup(local_rank=0, world_size=1)
+    trainer.setup(test_mode="test")
+    pipeline = trainer.pipeline
+    pipeline.model.load_state_dict(torch.load(job.work / f"{job.name}.pt", weights_only=True))
+    pipeline.eval()
+    measured = (arms.NerfArms if job.kind == "nerfacto" else arms.SplatArms)(job, pipeline)
+    found = json.loads((job.work / f"{job.name}.json").read_text())
+    measured.ratios.update(found["ratios"])
+    measured.cameras = measured.cameras[:1]
+    if job.kind == "nerfacto":
+        measured.rays = measured.rays[:1]
+    chosen = measured.arms()
+    wanted = ("hidden units", "hash entries", "hash features", "authors' settings", "exact", "Monte Carlo")
+    timed = {name: run for name, run in chosen.items() if name in wanted and name in measured.ratios}
+    synchronize = torch.cuda.synchronize if job.device == "cuda" else lambda: None
+    with torch.no_grad():
+        samples = interleaved(
+            {"one plain rendering": measured.plain, **timed}, repeats=5, synchronize=synchronize
+        )
+    _write_json(job.work / f"time_{job.name}.json", {"samples": samples, "trials": job.trials})
+
+
+def _save(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write aside, then rename: readers see whole files."""
+    aside = path.with_name(f"part_{path.name}")
+    write(aside)
+    os.replace(aside, path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _save(path, lambda aside: aside.write_text(json.dumps(content, indent=1)))
+
+
+def add_ensembles(work: Path, scene: int, kind: str, found: dict[str, Any], maps: dict[str, Any]) -> None:
+    """Score the spread of the members that are there, at least two."""
+    import torch
+
+    from benchmarks.nerfstudio_phdropout_arms import score
+
+    truth = work / f"{kind}{scene}_0_truth.npz"
+    images = [np.load(path) for path in sorted(work.glob(f"{kind}{scene}_[0-9].npy"))]
+    if len(images) < 2 or not truth.exists():
+        return
+    known = np.load(truth)
+    stack = torch.from_numpy(np.stack(images))
+    mean, sigma = stack.mean(0), stack.std(0)
+    name = f"ensemble of {len(images)}"
+    target, mask = torch.from_numpy(known["target"]), torch.from_numpy(known["mask"])
+    kept = work / f"{kind}{scene}_ensemble{len(images)}.json"
+    if not kept.exists():
+        _write_json(kept, score(mean, sigma, target, mask))
+    found["scores"][name] = json.loads(kept.read_text())
+    maps[f"sigma: {name}"] = sigma[len(sigma) * 3 // 4].mean(-1).numpy()
+
+
+def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tuple[str, ...] = ()) -> None:
+    """Truth, image, error and sigmas, a row a model; ``keep`` names the sigmas to show, all if empty."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    wanted = lambda name: not keep or not name.startswith("sigma") or name in keep  # noqa: E731
+    shown = {kind: {name: m for name, m in found.items() if wanted(name)} for kind, found in maps.items()}
+    columns = max(len(found) for found in shown.values())
+    figure, axes = plt.subplots(len(shown), columns, figsize=(1.5 * columns, 1.9 * len(shown)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (kind, found) in zip(axes, shown.items(), strict=True):
+        for axis, (name, panel) in zip(row, found.items(), strict=False):
+            values = panel.astype(np.float32)
+            title = kind if name == "image" else name.replace("sigma: ", "\u03c3 ")
+            axis.set_title(textwrap.fill(title, 19), fontsize=6.5)
+            if values.ndim == 3:
+                axis.imshow(values.clip(0, 1))
+            else:
+                top = max(float(np.quantile(values, 0.995)), 1e-6)
+                axis.imshow(values, cmap="magma" if name == "error" else "viridis", vmin=0, vmax=top)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def collect(options: argparse.Namespace, started: float, *, pictures: bool = True) -> dict[str, Any]:
+    """Put together what the jobs have written so far, and write the result, and pictures and maps."""
+    work, out = options.work, options.out
+    results: dict[str, Any] = {}
+    samples: dict[str, list[float]] = {}
+    for scene in options.scenes:
+        sheet: dict[str, Any] = {}
+        for kind in KINDS:
+            part, picture = work / f"{kind}{scene}_0.json", work / f"{kind}{scene}_0.npz"
+            if not part.exists() or not picture.exists():
+                continue
+            found, maps = json.loads(part.read_text()), dict(np.load(picture))
+            add_ensembles(work, scene, kind, found, maps)
+            dropped = work / f"{kind}{scene}_trained.json"
+            if dropped.exists():
+                found["scores"] |= json.loads(dropped.read_text())["scores"]
+            trained = [json.loads(p.read_text()) for p in sorted(work.glob(f"{kind}{scene}_[0-9].json"))]
+            found["training_seconds"] = [member["training_seconds"] for member in trained]
+            results[f"scene {scene}, {kind}"], sheet[kind] = found, maps
+        if sheet and pictures:
+            draw(out / f"{NAME}_{scene}.png", sheet)
+            flat = {f"{kind}|{name}": m for kind, maps in sheet.items() for name, m in maps.items()}
+            halves = {name: m.astype(np.float16) for name, m in flat.items()}
+            np.savez_compressed(out / f"{NAME}_{scene}.npz", **halves)
+    for kind in KINDS:
+        path = work / f"time_{kind}{options.scenes[0]}_0.json"
+        if path.exists():
+            timed = json.loads(path.read_text())["samples"]
+            samples.update({f"{arm}, {kind}, one view": seconds for arm, seconds in timed.items()})
+    write_result(
+        NAME,
+        question="Which uncertainty ranks and sizes the errors of half-circle captures best, at what cost?",
+        headline=headlines(results, samples),
+        samples=samples,
+        folder=out,
+        results=results,
+        settings={k: v for k, v in vars(options).items() if not isinstance(v, Path)},
+        seconds=time.time() - started,
+        note="training ran in parallel on shared GPUs: its seconds are an upper bound; samples ran alone",
+    )
+    with tarfile.open(out / f"{NAME}.tar", "w") as tar:
+        for path in sorted(out.glob(f"{NAME}*")):
+            if path.suffix != ".tar":
+                tar.add(path, path.name)
+    return results
+
+
+def headlines(results: dict[str, Any], samples: dict[str, list[float]]) -> list[Headline]:
+    """Means over scenes with their span, of each arm and metric; then costs beside one plain rendering."""
+    rows = []
+    for kind in KINDS:
+        scores = [found["scores"] for name, found in results.items() if name.endswith(kind)]
+        arms = dict.fromkeys(arm for found in scores for arm in found)
+        for metric in ("foreground_spearman", "foreground_ause", "ause", "foreground_nll_best_scale"):
+            for arm in arms:
+                values = [found[arm][metric] for found in scores if arm in found]
+                known = [value for value in values if value is not None]
+                if known:
+                    note = f"mean of {len(known)} scenes"
+                    span = {"low": min(known), "high": max(known), "note": note}
+                    rows.append(Headline(f"{metric}, {kind}: {arm}", statistics.fmean(known), "", **span))
+        plain = samples.get(f"one plain rendering, {kind}, one view")
+        for name, seconds in samples.items():
+            if plain and kind in name and not name.startswith("one plain"):
+                ratios = [a / b for a, b in zip(seconds, plain, strict=True)]
+                middle = statistics.median(ratios)
+                what = f"{name} / one plain rendering"
+                rows.append(Headline(what, middle, "x", low=min(ratios), high=max(ratios)))
+    return rows
+
+
+def jobs_in_order(options: argparse.Namespace) -> list[Any]:
+    """First what is judged, NeRFs ahead since they take longer, then the members of ensembles."""
+    from benchmarks.nerfstudio_phdropout_arms import TRAINED, Job
+
+    steps = {"nerfacto": options.nerf_steps, "splatfacto": options.splat_steps}
+    firsts = [(kind, scene, 0) for kind in options.kinds for scene in options.scenes]
+    others = [
+        (kind, scene, member)
+        for member in range(1, options.members)
+        for kind in options.kinds
+        for scene in options.scenes
+    ]
+    trained = [("nerfacto", scene, TRAINED) for scene in options.scenes if "nerfacto" in options.kinds]
+    return [
+        Job(
+            kind, scene, member, options.work / f"scene{scene}_{options.resolution}", options.work,
+            options.device, steps[kind], options.trials, options.stride, options.views,
+            small=options.device == "cpu",
+        )
+        for kind, scene, member in [*firsts, *others, *trained]
+    ]  # fmt: skip
+
+
+def run_all(options: argparse.Namespace, started: float) -> None:
+    """Run jobs side by side until done or out of budget, then time the first scene's models."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.nerfstudio_phdropout_arms"])
+    waiting, running = jobs_in_order(options), {}
+    deadline = started + options.budget - TIMING
+    slot, news, collected = 0, False, started
+    while (waiting or running) and time.time() < deadline:
+        while waiting and len(running) < options.jobs:
+            job = waiting.pop(0)
+            process = context.Process(target=run_job, args=(job, slot % options.gpus))
+            process.start()
+            running[job.name] = process
+            slot += 1
+        time.sleep(0.2)
+        for name in [name for name, process in running.items() if not process.is_alive()]:
+            code = running.pop(name).exitcode
+            verdict = "done" if code == 0 else f"FAILED ({code})"
+            print(f"{time.time() - started:.0f} s: {name} {verdict}", flush=True)
+            news = True
+        busy = len(running) == options.jobs or not waiting
+        if news and busy and time.time() > collected + 15:
+            collect(options, started, pictures=False)
+            news, collected = False, time.time()
+    for name, process in running.items():
+        print(f"cut off: {name}", flush=True)
+        process.kill()
+        process.join()
+    for job in jobs_in_order(options)[:: len(options.scenes)][: len(options.kinds)]:
+        if (options.work / f"{job.name}.pt").exists():
+            process = context.Process(target=run_job, args=(job, 0, True))
+            process.start()
+            process.join(max(started + options.budget - time.time(), 5))
+            if process.is_alive():
+                process.kill()
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "phdropout_scenes")
+    parser.add_argument("--budget", type=float, default=200, help="seconds in all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gpus", type=int, default=1, help="how many to spread the jobs over")
+    parser.add_argument("--jobs", type=int, default=14, help="processes at a time")
+    parser.add_argument("--scenes", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--members", type=int, default=5, help="models of an ensemble")
+    parser.add_argument("--resolution", type=int, default=400)
+    parser.add_argument("--train-views", type=int, default=24)
+    parser.add_argument("--views", type=int, default=6, help="test views, on the whole orbit")
+    parser.add_argument("--stride", type=int, default=2, help="map every so many pixels of a test view")
+    parser.add_argument("--nerf-steps", type=int, default=1000)
+    parser.add_argument("--splat-steps", type=int, default=1500)
+    parser.add_argument("--trials", type=int, default=30, help="sub-networks of NeRF arms")
+    parser.add_argument("--prepare", action="store_true", help="trace the scenes and stop")
+    parser.add_argument("--draw", type=Path, help="folder of saved maps: draw its sheets and stop")
+    options = parser.parse_args()
+    started = time.time()
+    # Processes are forked after their imports: the driver must not have been started by then.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # splatfacto compiles a few lines of camera algebra; forty processes need not.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.draw:
+        for path in sorted(options.draw.glob(f"{NAME}_*.npz")):
+            draw_saved(path, options.out / f"{path.stem}.png")
+        return 0
+    for scene in options.scenes:
+        folder = options.work / f"scene{scene}_{options.resolution}"
+        trace_scene(folder, scene, options, len(os.sched_getaffinity(0)))
+    print(f"scenes traced: {time.time() - started:.0f} s", flush=True)
+    if options.prepare:
+        return 0
+    run_all(options, started)
+    results = collect(options, started)
+    for name, found in results.items():
+        for arm, values in found["scores"].items():
+            shown = {key: values[key] for key in ("foreground_spearman", "foreground_ause", "ause")}
+            print(name, arm, {k: None if v is None else round(v, 3) for k, v in shown.items()})
+    print(f"{time.time() - started:.0f} s in all", flush=True)
+    return 0 if len(results) == len(options.kinds) * len(options.scenes) else 1
+
+
+def draw_saved(path: Path, target: Path, keep: tuple[str, ...] = ()) -> None:
+    """A sheet from maps that a run has saved."""
+    sheet: dict[str, dict[str, Any]] = {}
+    for key, values in np.load(path).items():
+        kind, name = key.split("|")
+        sheet.setdefault(kind, {})[name] = values
+    draw(target, sheet, keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

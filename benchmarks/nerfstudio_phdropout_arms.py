@@ -26,7 +26,14 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 
-from nerfstudio_phdropout import PHDropoutConfig, max_dropout_ratio, nll, uncertainty_metrics  # noqa: E402
+from nerfstudio_phdropout import (  # noqa: E402
+    PHDropoutConfig,
+    ensemble_efficacy,
+    fuse_by_uncertainty,
+    max_dropout_ratio,
+    nll,
+    uncertainty_metrics,
+)
 from nerfstudio_phdropout.information import (  # noqa: E402
     SplatInformation,
     add_information,
@@ -284,6 +291,8 @@ class SplatArms:
     def __init__(self, job: Job, pipeline: Any) -> None:
         self.job, self.model = job, pipeline.model
         self.dataset = pipeline.datamanager.train_dataset
+        # Trained before random colours; judged before the black that nerfacto is judged before.
+        self.model.config.background_color = "black"
         self.cameras, self.targets, self.masks = tensors(job, pipeline, "eval", job.views)
         self.training, _, _ = tensors(job, pipeline, "train", 4 if job.small else 12)
         self.ratios: dict[str, float] = {}
@@ -397,6 +406,28 @@ def best_nll(mean: Tensor, sigma: Tensor, target: Tensor) -> float:
         lambda log: nll(target, mean, sigma * float(np.exp(log)) / unit), bounds=(-9, 3), method="bounded"
     )
     return float(search.fun)
+
+
+def fusion(images: Tensor, sigmas: Tensor, target: Tensor) -> dict[str, float]:
+    """What choosing between models by sigma gives.
+
+    Args:
+        images, sigmas: ``[K, V, h, w, 3]`` of K models and V views.
+        target: ``[V, h, w, 3]``.
+
+    Returns:
+        Mean squared error of each model and of each way to fuse them, and ``efficacy`` (E_em, by SSIM).
+    """
+    found = {f"model {k}": float(((image - target) ** 2).mean()) for k, image in enumerate(images)}
+    for level in ("view", "pixel", "inverse_variance"):
+        fused = [fuse_by_uncertainty(images[:, v], sigmas[:, v], level) for v in range(len(target))]
+        found[level] = float(((torch.stack(fused) - target) ** 2).mean())
+    scores = [[_ssim(image[v], target[v]) for image in images] for v in range(len(target))]
+    chosen = sigmas.mean(dim=(2, 3, 4)).argmin(0).tolist()
+    found["efficacy"] = ensemble_efficacy(
+        [row[k] for row, k in zip(scores, chosen, strict=True)], [max(row) for row in scores]
+    )
+    return found
 
 
 def psnr(image: Tensor, target: Tensor) -> float:

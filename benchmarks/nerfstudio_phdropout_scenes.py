@@ -37,6 +37,8 @@ from benchmarks.common import RESULTS, Headline, interleaved, write_result  # no
 
 NAME = "nerfstudio_phdropout_scenes"
 KINDS = ("nerfacto", "splatfacto")
+# The sigma by which the two models of a scene are fused.
+FUSED = {"nerfacto": "hash entries", "splatfacto": "exact"}
 # Seconds kept at the end of the budget for timing on the quiet machine.
 TIMING = 30.0
 
@@ -115,6 +117,8 @@ def judge(job: Any) -> None:
             mean, sigma = estimate()
         result["scores"][name] = arms.score(mean, sigma, targets, masks)
         maps[f"sigma: {name}"] = sigma[view].mean(-1).cpu().numpy()
+        if name == FUSED[job.kind]:
+            _save(job.work / f"{job.name}_sigma.npy", lambda path, s=sigma: np.save(path, s.cpu().numpy()))
         _write_json(job.work / f"{job.name}.json", result)
         print(name, result["scores"][name], flush=True)
         halves = {key: value.astype(np.float16) for key, value in maps.items()}
@@ -182,6 +186,23 @@ def add_ensembles(work: Path, scene: int, kind: str, found: dict[str, Any], maps
     maps[f"sigma: {name}"] = sigma[len(sigma) * 3 // 4].mean(-1).numpy()
 
 
+def fuse_kinds(work: Path, scene: int) -> dict[str, float] | None:
+    """Errors of a scene's two models and of their fusion, once both are judged."""
+    import torch
+
+    from benchmarks.nerfstudio_phdropout_arms import fusion
+
+    names = [f"{kind}{scene}_0" for kind in KINDS]
+    if not all((work / f"{name}_sigma.npy").exists() for name in names):
+        return None
+    images, sigmas = (
+        torch.from_numpy(np.stack([np.load(work / f"{name}{suffix}.npy") for name in names]))
+        for suffix in ("", "_sigma")
+    )
+    target = torch.from_numpy(np.load(work / f"{names[0]}_truth.npz")["target"])
+    return fusion(images, sigmas, target)
+
+
 def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tuple[str, ...] = ()) -> None:
     """Truth, image, error and sigmas, a row a model; ``keep`` names the sigmas to show, all if empty."""
     import matplotlib
@@ -215,6 +236,7 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
     work, out = options.work, options.out
     results: dict[str, Any] = {}
     samples: dict[str, list[float]] = {}
+    fused: dict[str, Any] = {}
     for scene in options.scenes:
         sheet: dict[str, Any] = {}
         for kind in KINDS:
@@ -229,6 +251,8 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
             trained = [json.loads(p.read_text()) for p in sorted(work.glob(f"{kind}{scene}_[0-9].json"))]
             found["training_seconds"] = [member["training_seconds"] for member in trained]
             results[f"scene {scene}, {kind}"], sheet[kind] = found, maps
+        if len(sheet) == len(KINDS) and pictures:
+            fused[f"scene {scene}"] = fuse_kinds(work, scene)
         if sheet and pictures:
             draw(out / f"{NAME}_{scene}.png", sheet)
             flat = {f"{kind}|{name}": m for kind, maps in sheet.items() for name, m in maps.items()}
@@ -246,6 +270,7 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
         samples=samples,
         folder=out,
         results=results,
+        fused_models=fused,
         settings={k: v for k, v in vars(options).items() if not isinstance(v, Path)},
         seconds=time.time() - started,
         note="training ran in parallel on shared GPUs: its seconds are an upper bound; samples ran alone",

@@ -1,11 +1,18 @@
-"""``vllm-moe-offload``: is offload active, and what would a policy make of a recorded trace?"""
+"""``vllm-moe-offload``: is offload active, what would a policy make of a recorded trace, how does it run?"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replay.add_argument("--policy", nargs="+", default=["lru", "lfu", "least_stale", "eam", "belady"])
     replay.add_argument("--prefetch", default="none", choices=["none", "eam", "oracle"])
     replay.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    trace = commands.add_parser("trace", help="describe a recorded routing trace")
-    trace.add_argument("trace", help=".npz written by RoutingTrace.save")
+    trace = commands.add_parser("trace", help="describe a recorded routing trace, or watch running engines")
+    trace.add_argument("trace", nargs="?", help=".npz written by RoutingTrace.save")
+    trace.add_argument("--live", action="store_true", help="show this user's running engines instead")
+    trace.add_argument("--seconds", type=float, help="with --live: stop after so long")
     options = parser.parse_args(arguments)
     try:
         return {"doctor": _doctor, "replay": _replay, "trace": _trace}[options.command](options)
@@ -80,6 +89,10 @@ def _replay(options: argparse.Namespace) -> int:
 def _trace(options: argparse.Namespace) -> int:
     from vllm_moe_offload.trace import RoutingTrace
 
+    if options.live:
+        return _watch(options.seconds)
+    if options.trace is None:
+        raise ValueError("trace: give a recorded trace, or --live")
     trace = RoutingTrace.load(options.trace)
     summary = {
         "tokens": len(trace.request),
@@ -91,6 +104,56 @@ def _trace(options: argparse.Namespace) -> int:
     }
     print(json.dumps(summary))
     return 0
+
+
+def _watch(seconds: float | None) -> int:
+    """A table of the running engines, renewed twice a second, with rates over the last two seconds."""
+    from rich.live import Live
+
+    from vllm_moe_offload.live import read_live
+
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    history: deque[list[dict[str, Any]]] = deque(maxlen=4)
+    with Live(refresh_per_second=4) as screen:
+        while True:
+            history.append(read_live())
+            screen.update(_live_table(history[0], history[-1]))
+            if time.monotonic() >= end:
+                return 0 if history[-1] else 1
+            try:
+                time.sleep(0.5)
+            except KeyboardInterrupt:
+                return 0
+
+
+def _live_table(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a worker; ``before`` and ``now`` are two readings of :func:`read_live`."""
+    from rich.table import Table
+
+    columns = ("model", "rank", "slots", "requests", "hit rate", "recent", "misses/s", "in place/s", "GB/s")
+    table = Table(*columns, title="vllm_moe_offload" if now else "no engine with moe_offload is running")
+    old = {(report["pid"], report["rank"]): report for report in before}
+    for report in now:
+        past = old.get((report["pid"], report["rank"]), report)
+        seconds = max(report["time"] - past["time"], 1e-9)
+
+        def grown(name: str, report: Any = report, past: Any = past) -> float:
+            return report[name] - past[name]
+
+        accesses = grown("accesses")
+        read = (grown("copies") + grown("in_place")) * report["expert_nbytes"]
+        table.add_row(
+            str(report["model"]),
+            str(report["rank"]),
+            str(report["num_slots"]),
+            str(report["live_requests"]),
+            f"{report['hits'] / report['accesses']:.3f}" if report["accesses"] else "-",
+            f"{grown('hits') / accesses:.3f}" if accesses else "-",
+            f"{(grown('misses') / seconds):.0f}",
+            f"{(grown('in_place') / seconds):.0f}",
+            f"{read / seconds / 1e9:.2f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

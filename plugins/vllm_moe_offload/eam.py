@@ -101,12 +101,16 @@ class EAMCollection:
     When it is full, the non-persistent entry least often nearest to a query is replaced, the oldest of
     equals. Rows are normalised once, when an entry is added, and kept by (layer, expert), so that a query
     reads only the experts it has used.
+
+    Attributes:
+        model_id: the model whose requests these were, if known; kept in the file.
     """
 
     def __init__(self, num_layers: int, num_experts: int, capacity: int = 1000) -> None:
         if capacity < 1:
             raise ValueError(f"EAM collection: capacity must be at least 1, got {capacity}")
         self.num_layers, self.num_experts, self.capacity = num_layers, num_experts, capacity
+        self.model_id = ""
         self._len = 0
         self._matrices = np.zeros((0, num_layers, num_experts), dtype=np.int64)
         self._unit = np.zeros((num_layers * num_experts, 0))
@@ -194,6 +198,7 @@ class EAMCollection:
             nearest=self._nearest[: self._len],
             added=self._added[: self._len],
             capacity=np.int64(self.capacity),
+            model_id=np.str_(self.model_id),
         )
 
     @classmethod
@@ -216,6 +221,7 @@ class EAMCollection:
                 collection._persistent = file["persistent"].astype(bool)
                 collection._nearest = file["nearest"].astype(np.int64)
                 collection._added = file["added"].astype(np.int64)
+                collection.model_id = str(file["model_id"]) if "model_id" in file else ""
                 if {len(collection._persistent), len(collection._nearest), len(collection._added)} != {
                     len(matrices)
                 }:

@@ -27,6 +27,7 @@ from vllm_moe_offload.counters import CacheStats
 from vllm_moe_offload.direct import DirectCache, StepReport
 from vllm_moe_offload.disk_store import DiskExpertStore, TieredExpertStore
 from vllm_moe_offload.eam import EAMCollection
+from vllm_moe_offload.live import LivePublisher
 from vllm_moe_offload.shares import ShareEstimator
 from vllm_moe_offload.store import ExpertStore, HostExpertStore, SlabLayout
 from vllm_moe_offload.trace import RoutingTrace, TraceRecorder
@@ -123,7 +124,8 @@ class ModelOffload:
         device: where the model runs.
         direct: whether pools are managed by the device.
         max_tokens: most tokens of a step.
-        model_id: names the weights; files of experts and matrices are tied to it.
+        model_id: names the model; files of experts and matrices are tied to it.
+        rank, num_ranks: of the tensor parallel group. Each has its own part of every expert.
         layers: announced layers, in order of the model.
         caches: one for each shape of layer that does not fit; empty before :meth:`take_over`.
         plain: shapes of layer that do.
@@ -131,6 +133,7 @@ class ModelOffload:
         steps: steps so far.
         estimators: one for each pool.
         recorder: present if the options ask for a trace.
+        publisher: shows the counters to other processes, if there is one.
         finished: matrices of the last finished requests, of the first pool.
     """
 
@@ -139,6 +142,8 @@ class ModelOffload:
     direct: bool
     max_tokens: int
     model_id: str
+    rank: int = 0
+    num_ranks: int = 1
     layers: list[LayerHandle] = field(default_factory=list)
     caches: list[ExpertCache | DirectCache] = field(default_factory=list)
     plain: list[PlainPool] = field(default_factory=list)
@@ -146,6 +151,7 @@ class ModelOffload:
     steps: int = 0
     estimators: list[ShareEstimator] = field(default_factory=list)
     recorder: TraceRecorder | None = None
+    publisher: LivePublisher | None = None
     finished: OrderedDict[str, npt.NDArray[np.int64]] = field(default_factory=OrderedDict)
     _ended: Ended = field(default_factory=Ended)
 
@@ -200,12 +206,15 @@ class ModelOffload:
     def end_step(self) -> None:
         """After a forward pass was launched. Here the host learns, while the device works."""
         step, self.step = self.step, None
-        if not self.direct or step is None:
+        if step is None:
             return
-        ended, self._ended = self._ended, Ended()
-        for cache in self._direct_caches():
-            cache.end_step(step.num_tokens, StepNote(step.number, ended, step.rows))
-        self.learn()
+        if self.direct:
+            ended, self._ended = self._ended, Ended()
+            for cache in self._direct_caches():
+                cache.end_step(step.num_tokens, StepNote(step.number, ended, step.rows))
+            self.learn()
+        if self.publisher is not None:
+            self.publisher.publish(self._report())
 
     def learn(self, *, wait: bool = False) -> None:
         """Learn from the steps that the device completed, or, with ``wait``, from all."""
@@ -356,15 +365,15 @@ class ModelOffload:
         return store
 
     def _disk_store(self, layers: list[LayerHandle], disk_path: str) -> TieredExpertStore:
-        pool = len(self.caches)
-        path = Path(disk_path if pool == 0 else f"{disk_path}.{pool}")
-        model_id = f"{self.model_id}, pool {pool}" if pool else self.model_id
+        # A file for each shape of layer and each rank, which holds its own part of the weights.
+        name = f"{disk_path}.{len(self.caches)}" if self.caches else disk_path
+        path = Path(name if self.num_ranks == 1 else f"{name}.rank{self.rank}")
         if path.exists():
-            disk = DiskExpertStore.open(path, model_id=model_id)
+            disk = DiskExpertStore.open(path, model_id=self.model_id)
             for layer, tensors in enumerate(self._take(layers)):
                 disk.check(layer, tensors)
         else:
-            disk = DiskExpertStore.create(path, self._take(layers), model_id=model_id)
+            disk = DiskExpertStore.create(path, self._take(layers), model_id=self.model_id)
         assert self.config.host_memory is not None
         return TieredExpertStore(disk, self.config.host_memory)
 
@@ -394,25 +403,55 @@ class ModelOffload:
         return cache
 
     def _start_tracing(self, store: ExpertStore, top_k: int) -> None:
-        known = EAMCollection(store.num_layers, store.num_experts, self.config.eam_capacity)
-        if self.config.eam_path is not None and Path(self.config.eam_path).exists():
-            known = EAMCollection.load(self.config.eam_path)
-            if (known.num_layers, known.num_experts) != (store.num_layers, store.num_experts):
-                raise ValueError(
-                    f"moe_offload: {self.config.eam_path} was recorded with {known.num_layers} layers of "
-                    f"{known.num_experts} experts, this model has {store.num_layers} of {store.num_experts}"
-                )
+        known = self._known_requests(store) if not self.estimators else None
+        if known is None:
+            known = EAMCollection(store.num_layers, store.num_experts, self.config.eam_capacity)
+            known.model_id = self.model_id
         self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
         if self.config.record_trace and self.recorder is None:
             self.recorder = TraceRecorder(store.num_layers, store.num_experts, top_k)
 
+    def _known_requests(self, store: ExpertStore) -> EAMCollection | None:
+        """The collection that the options name, for the first pool; None if there is no file yet."""
+        path = self.config.eam_path
+        if path is None or not Path(path).exists():
+            return None
+        known = EAMCollection.load(path)
+        if known.model_id and known.model_id != self.model_id:
+            raise ValueError(
+                f"moe_offload: {path} was recorded with model {known.model_id!r}, not {self.model_id!r}"
+            )
+        if (known.num_layers, known.num_experts) != (store.num_layers, store.num_experts):
+            raise ValueError(
+                f"moe_offload: {path} was recorded with {known.num_layers} layers of "
+                f"{known.num_experts} experts, this model has {store.num_layers} of {store.num_experts}"
+            )
+        return known
+
+    def close(self) -> None:
+        """At the engine's end: finish what is in flight, save the collection where the options ask for it."""
+        self.learn(wait=True)
+        if self.publisher is not None:
+            self.publisher.close()
+        for cache in self.caches:
+            cache.close()
+        if self.config.eam_path is not None and self.estimators and self.rank == 0:
+            self.estimators[0].collection.save(self.config.eam_path)
+
     def stats(self) -> dict[str, int | float | str]:
         """Counters of all pools, summed, with the sizes of the pools."""
         self.learn(wait=True)
+        report = self._report()
+        report.pop("live_requests")
+        return report
+
+    def _report(self) -> dict[str, int | float | str]:
         report: dict[str, int | float | str] = dict(CacheStats().as_dict())
         for cache in self.caches:
             for name, value in cache.stats.items():
                 report[name] += value  # type: ignore[operator]
+            if isinstance(cache.store, TieredExpertStore):
+                report["bytes_disk_to_host"] += cache.store.bytes_from_disk  # type: ignore[operator]
         pools: list[Any] = [*(cache.store for cache in self.caches), *self.plain]
         shapes = [(pool.layout, pool.num_layers, pool.num_experts) for pool in pools]
         slots = sum(cache.num_slots for cache in self.caches)
@@ -424,5 +463,6 @@ class ModelOffload:
             "expert_nbytes": max(layout.expert_nbytes for layout, _, _ in shapes),
             "policy": self.config.policy,
             "prefetch": "eam" if self._prefetches else "none",
+            "live_requests": len(self.estimators[0].tracer.live) if self.estimators else 0,
         }
         return report

@@ -84,14 +84,12 @@ class ShareEstimator:
             self.tracer.record_step(request, experts)
 
     def step_share(self, tokens: Mapping[str, int]) -> Shares | None:
-        """Share for a coming step with so many tokens of each request; None while nothing has finished."""
-        if not len(self.collection):
-            return None
+        """Share for a coming step with so many tokens of each request; None if none of them has run."""
         total = self._zeros()
         for request, count in tokens.items():
             if request in self.tracer.live:
                 total += count * self._believed(request)
-        return total / max(sum(tokens.values()), 1)
+        return total / max(sum(tokens.values()), 1) if total.any() else None
 
     def finish(self, request: str) -> npt.NDArray[np.int64]:
         """A request is done: its matrix joins the collection and is returned. KeyError if it is not live."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm_moe_offload.config import MoEOffloadConfig
 from vllm_moe_offload.copy_serving import CopyServing
 from vllm_moe_offload.direct import DirectCache
+from vllm_moe_offload.live import LivePublisher, register_collector
 from vllm_moe_offload.runtime import LayerHandle, ModelOffload
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -70,6 +71,7 @@ def register() -> None:
             f"moe_offload: another plugin replaces vLLM's RoutedExperts by {op_registry_oot['RoutedExperts']}"
         )
     _register_op()
+    register_collector()
 
     # vLLM looks replacements up by the class's own name, so every subclass needs one of its own, also those
     # that a model file defines later.
@@ -379,8 +381,15 @@ def _start_offload(vllm_config: Any, config: MoEOffloadConfig) -> ModelOffload:
     direct = device.type == "cuda" and config.miss != "copy" and config.disk_path is None
     if not direct:
         _without_graphs(vllm_config)
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    model_id = f"{model.model} {model.dtype} {model.quantization or 'unquantised'}"
-    if parallel.tensor_parallel_size > 1:
-        model_id += f", rank {parallel.rank} of {parallel.tensor_parallel_size}"
-    return ModelOffload(config, device, direct, vllm_config.scheduler_config.max_num_batched_tokens, model_id)
+    parallel = vllm_config.parallel_config
+    offload = ModelOffload(
+        config,
+        device,
+        direct,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.model_config.model,
+        parallel.rank % parallel.tensor_parallel_size,
+        parallel.tensor_parallel_size,
+    )
+    offload.publisher = LivePublisher({"model": offload.model_id, "rank": offload.rank})
+    return offload

@@ -32,10 +32,10 @@ def install(vllm_config: Any) -> None:
     worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     if hasattr(worker, _RPC):
         return
-    for name in ("determine_available_memory", "initialize_from_config", "execute_model"):
+    for name in ("determine_available_memory", "initialize_from_config", "execute_model", "shutdown"):
         if not hasattr(worker, name):
             raise ImportError(f"moe_offload: vLLM's {worker.__name__} has no {name}")
-    plain = worker.execute_model
+    plain, stop = worker.execute_model, worker.shutdown
     determine, initialize = worker.determine_available_memory, worker.initialize_from_config
 
     def determine_available_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,6 +65,15 @@ def install(vllm_config: Any) -> None:
         finally:
             offload.step = None
 
+    def shutdown(self: Any) -> None:
+        offload = _offload_of_worker(self)
+        try:
+            if offload is not None:
+                offload.close()
+        finally:
+            stop(self)
+
+    worker.shutdown = shutdown
     worker.determine_available_memory = determine_available_memory
     worker.initialize_from_config = initialize_from_config
     worker.execute_model = execute_model

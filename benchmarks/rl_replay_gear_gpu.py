@@ -2,20 +2,25 @@
 
     python benchmarks/rl_replay_gear_gpu.py --out DIR      (not installed: PYTHONPATH=plugins:. before it)
 
-Needs torch, Triton and NumPy only. Checks GPU against CPU first: windows of every dtype from pinned, device
-and pageable memory, a column past 2^31 bytes, prefetch while trajectories are overwritten, draws from a tree
-on the device against the CPU's and their law. Then times, interleaved: collection from pinned memory against
-a pinned copy and against a CPU gather with a copy, collection from device memory, and 4096 draws out of 1e8
-priorities with and without their update. Writes rl_replay_gear_gpu.json; about two minutes on an H100.
+Needs torch, Triton and NumPy; numba where it is. Checks GPU against CPU first: windows of every dtype from
+pinned, device and pageable memory and from two tiers at once, a column past 2^31 bytes, prefetch while
+trajectories are overwritten, draws from a tree on the device against the CPU's and their law. Then times,
+interleaved: 4096 draws out of 1e8 priorities with and without their update, the host's share of a call, and
+collection from pinned memory against a pinned copy and against a CPU gather with a copy, and from device
+memory. Writes rl_replay_gear_gpu.json after every stage; about 30 seconds on an H100.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
+import pstats
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +31,7 @@ import torch
 from benchmarks.common import RESULTS, Headline, interleaved, write_result
 from rl_replay_gear import (
     ColumnSpec,
+    GraphedCollect,
     PrefixSumTree,
     Prioritized,
     Selection,
@@ -106,6 +112,64 @@ def same_bits(memory: Any) -> dict[str, Any]:
             return {"ok": False, "column": "mask"}
         if not torch.equal(batch.timesteps["float320"].cpu(), expected.timesteps["float320"]):
             return {"ok": False, "column": "timesteps"}
+    return {"ok": True, "tensors": compared}
+
+
+def two_tiers() -> dict[str, Any]:
+    """GR-30: pixels in pinned memory, scalars on the device, one batch."""
+    columns = (
+        ColumnSpec("pixels", (3, 32, 32), torch.uint8, memory="pinned"),
+        ColumnSpec("reward", memory="device", fill=2.0),
+        ColumnSpec("action", (4,), memory="device"),
+    )
+    table = filled(columns, 30, 50, "pinned", ragged=True)
+    reference = filled(tuple(replace(c, memory=None) for c in columns), 30, 50, "host", ragged=True)
+    selection = table.select(Uniform(), 99, generator=CounterGenerator(3))
+    window = Window(12, -6, "around")
+    there, expected = table.collect(selection, window, device=DEVICE), reference.collect(selection, window)
+    here = table.collect(selection, window, device="cpu")
+    tiers = sorted({words.device.type for words in table.storage})
+    ok = tiers == ["cpu", "cuda"] and all(
+        torch.equal(there[name].cpu(), expected[name]) and torch.equal(here[name], expected[name])
+        for name in expected
+    )
+    return {"ok": ok, "tiers": tiers}
+
+
+def selector_on_device() -> dict[str, Any]:
+    """``Prioritized(device="cuda")`` draws the CPU's items, with writes, removals and updates in between."""
+    table = filled(DT_COLUMNS, 200, 20, "pinned", ragged=True)
+    here, there = Prioritized(), Prioritized(device=DEVICE)
+    differing, most = 0, 0.0
+    for step in range(20):
+        a = table.select(here, 256, generator=CounterGenerator(5, step))
+        b = table.select(there, 256, generator=CounterGenerator(5, step))
+        differing += int((a.handles != b.handles).sum())
+        assert a.weight is not None
+        assert b.weight is not None
+        most = max(most, float((a.weight / b.weight - 1).abs().max()))
+        table.update_priorities(a.handles, torch.rand(256) * 10)
+        table.remove(int(table.handles()[0]))
+    return {"ok": differing <= 2 and most < 1e-5, "differing_of_5120": differing, "weights_relative": most}
+
+
+def graphed_bits() -> dict[str, Any]:
+    """GR-29: replayed batches equal eager ones, from both tiers, several windows, while rows change."""
+    compared = 0
+    for memory in ("pinned", "device"):
+        table = filled(DT_COLUMNS, 60, 80, memory, ragged=True)
+        windows = {"obs": Window(20, -19, "head"), "action": Window(5), "done": Window(20, -19, "head")}
+        collect = GraphedCollect(table, windows, 65, buffers=2)
+        for step in range(12):
+            chosen = table.select(Uniform(), 65, generator=CounterGenerator(8, step))
+            replayed, eager = collect(chosen), table.collect(chosen, windows, device=DEVICE)
+            for name in eager:
+                same = torch.equal(replayed[name], eager[name])
+                if not same or not torch.equal(replayed.timesteps[name], eager.timesteps[name]):
+                    return {"ok": False, "memory": memory, "column": name, "step": step}
+                compared += 1
+            block = random_steps(DT_COLUMNS, 30 + step, torch.Generator().manual_seed(step))
+            table.write(block)
     return {"ok": True, "tensors": compared}
 
 
@@ -203,6 +267,9 @@ def checks(wide: TrajectoryTable) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for memory in ("pinned", "device", "host"):
         check(results, f"same bits from {memory} memory", lambda memory=memory: same_bits(memory))
+    check(results, "columns in two tiers", two_tiers)
+    check(results, "prioritised selector on the device", selector_on_device)
+    check(results, "batches replayed from a graph", graphed_bits)
     check(results, "a column past 2^31 bytes", lambda: past_2_gib(wide))
     check(results, "no torn batch while trajectories are overwritten", overwritten_while_prefetching)
     check(results, "prefetch changes nothing", prefetch_changes_nothing)
@@ -250,47 +317,80 @@ def collect_arms(
         for selection in picks:
             which.collect(selection, window, device=DEVICE, backend=backend, out=out)
 
+    def graphed(which: TrajectoryTable, picks: list[Selection]) -> Callable[[], Any]:
+        collect = GraphedCollect(which, window, batch)
+        return lambda: [collect(selection) for selection in picks]
+
     arms = {
         "pinned copy": lambda: target.copy_(source, non_blocking=True),
         "collect from pinned": lambda: run(table, chosen, "triton"),
         "CPU gather + copy": lambda: run(table, chosen, "torch"),
         "device copy": lambda: there.copy_(target),
         "collect from device": lambda: run(device_table, chosen_device, "triton"),
+        "graphed collect from pinned": graphed(table, chosen),
+        "graphed collect from device": graphed(device_table, chosen_device),
     }
     return arms, dict.fromkeys(arms, 8 * nbytes)
 
 
+CASES = (
+    ("112 B rows", 20, 256), ("112 B rows", 20, 2048), ("112 B rows", 20, 8192), ("112 B rows", 1000, 64),
+    ("112 B rows", 1000, 256), ("112 B rows", 1000, 1024), ("1024 B rows", 20, 256),
+    ("1024 B rows", 20, 2048), ("1024 B rows", 100, 512), ("1024 B rows", 1000, 64),
+)  # fmt: skip
+
+
 def measure_collection(
-    tables: dict[str, tuple[TrajectoryTable, TrajectoryTable]], headline: list[Headline]
+    tables: dict[str, tuple[TrajectoryTable, TrajectoryTable]],
+    case: tuple[str, int, int],
+    headline: list[Headline],
 ) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {}
-    cases = [
-        ("112 B rows", 20, 256), ("112 B rows", 20, 2048), ("112 B rows", 20, 8192), ("112 B rows", 1000, 64),
-        ("112 B rows", 1000, 256), ("112 B rows", 1000, 1024), ("1024 B rows", 20, 256), ("1024 B rows", 20,
-        2048), ("1024 B rows", 100, 512), ("1024 B rows", 1000, 64),
-    ]  # fmt: skip
-    for name, length, batch in cases:
-        arms, nbytes = collect_arms(*tables[name], batch, length)
-        seconds = interleaved(arms, repeats=REPEATS, warm_up=2, synchronize=torch.cuda.synchronize)
-        label = f"{name}, L={length}, B={batch}"
-        rate = {arm: [nbytes[arm] / s / 1e9 for s in values] for arm, values in seconds.items()}
-        samples |= {f"{label}: {arm}": values for arm, values in seconds.items()}
-        print(label, {arm: f"{median(values):.1f} GB/s" for arm, values in rate.items()}, flush=True)
+    name, length, batch = case
+    arms, nbytes = collect_arms(*tables[name], batch, length)
+    seconds = interleaved(arms, repeats=REPEATS, warm_up=2, synchronize=torch.cuda.synchronize)
+    label = f"{name}, L={length}, B={batch}"
+    rate = {arm: [nbytes[arm] / s / 1e9 for s in values] for arm, values in seconds.items()}
+    print(label, {arm: f"{median(values):.1f} GB/s" for arm, values in rate.items()}, flush=True)
+    wide_goal = ">= 0.85" if name.startswith("1024") or length == 1000 else ">= 0.80"
+    for a, b, target in [
+        ("collect from pinned", "pinned copy", wide_goal),
+        ("collect from pinned", "CPU gather + copy", ">= 3"),
+        ("collect from device", "device copy", ""),
+        ("graphed collect from pinned", "pinned copy", wide_goal),
+        ("graphed collect from pinned", "CPU gather + copy", ">= 3"),
+        ("graphed collect from device", "device copy", ">= 0.6"),
+    ]:
+        values = sorted(x / y for x, y in zip(rate[a], rate[b], strict=True))
+        note = f"{median(rate[a]):.1f} against {median(rate[b]):.1f} GB/s of row bytes, whole calls"
+        headline.append(
+            Headline(f"{label}: {a} / {b}", median(values), "x", values[0], values[-1], target, note)
+        )
+    return {f"{label}: {arm}": values for arm, values in seconds.items()}
 
-        def ratio(a: str, b: str, rate: dict[str, list[float]] = rate) -> tuple[float, float, float]:
-            values = sorted(x / y for x, y in zip(rate[a], rate[b], strict=True))
-            return median(values), values[0], values[-1]
 
-        wide_goal = ">= 0.85" if name.startswith("1024") or length == 1000 else ">= 0.80"
-        for a, b, target in [
-            ("collect from pinned", "pinned copy", wide_goal),
-            ("collect from pinned", "CPU gather + copy", ">= 3"),
-            ("collect from device", "device copy", ">= 0.6"),
-        ]:
-            value, low, high = ratio(a, b)
-            note = f"{median(rate[a]):.1f} against {median(rate[b]):.1f} GB/s of row bytes, whole calls"
-            headline.append(Headline(f"{label}: {a} / {b}", value, "x", low, high, target, note))
-    return samples
+def measure_calls(table: TrajectoryTable, headline: list[Headline]) -> dict[str, list[float]]:
+    """Host time of a call: batches so small that the GPU is never waited for."""
+    chosen = table.select(Uniform(), 16, generator=CounterGenerator(2))
+    window = Window(1)
+    out = table.collect(chosen, window, device=DEVICE).buffers
+
+    def collect() -> None:
+        for _ in range(100):
+            table.collect(chosen, window, device=DEVICE, out=out)
+
+    seconds = interleaved(
+        {"collect": collect}, repeats=REPEATS, warm_up=2, synchronize=torch.cuda.synchronize
+    )
+    us = sorted(1e4 * value for value in seconds["collect"])
+    headline.append(Headline("host time of a collect call", median(us), "us", us[0], us[-1]))
+    print(f"collect: {median(us):.0f} us of host time", flush=True)
+    profile = cProfile.Profile()
+    profile.runcall(collect)
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(18)
+    lines = [line[:110] for line in text.getvalue().splitlines() if line.strip()]
+    print("\n".join(lines[3:22]), flush=True)
+    return {"100 collect calls of 16 rows": seconds["collect"]}
 
 
 def measure_draws(headline: list[Headline]) -> dict[str, list[float]]:
@@ -349,6 +449,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds; no stage starts later")
     options = parser.parse_args()
     begin = time.perf_counter()
     np.random.seed(0)
@@ -365,22 +466,30 @@ def main() -> int:
     headline: list[Headline] = []
     samples: dict[str, list[float]] = {}
     failed = [item["check"] for item in found if not item["ok"]]
-    for measure in (lambda: measure_draws(headline), lambda: measure_collection(tables, headline)):
+    stages: list[Callable[[], dict[str, list[float]]]] = [
+        lambda: measure_draws(headline),
+        lambda: measure_calls(tables["112 B rows"][0], headline),
+        *(lambda case=case: measure_collection(tables, case, headline) for case in CASES),
+    ]
+    for number, stage in enumerate(stages):
+        if time.perf_counter() - begin > options.budget:
+            failed.append(f"{len(stages) - number} stages not started within {options.budget:.0f} s")
+            break
         try:
-            samples |= measure()
+            samples |= stage()
         except Exception as error:
             failed.append("".join(traceback.format_exception_only(error))[-600:])
             traceback.print_exc()
-    path = write_result(
-        "rl_replay_gear_gpu",
-        question="Does collection on the GPU give the CPU's bits, and how near the links' limits is it?",
-        headline=headline,
-        samples=samples,
-        folder=options.out,
-        checks=found,
-        failed=failed,
-        seconds=time.perf_counter() - begin,
-    )
+        path = write_result(
+            "rl_replay_gear_gpu",
+            question="Does collection on the GPU give the CPU's bits, and how near the links' limits is it?",
+            headline=headline,
+            samples=samples,
+            folder=options.out,
+            checks=found,
+            failed=failed,
+            seconds=time.perf_counter() - begin,
+        )
     print(f"{path}: {len(found)} checks, failed: {failed or 'none'}, {time.perf_counter() - begin:.0f} s")
     return 1 if failed else 0
 

@@ -5,7 +5,7 @@
 The behaviour policy is a noisy controller. Offline, batches come once from a TrajectoryLoader and once from a
 naive loop over a Python list that is given the same (trajectory, step) pairs: the two loss curves must be
 equal. Online, the trained model acts, its episodes replace the oldest, and training goes on. Prints returns
-and the share of time spent waiting for data; with --out writes the curves as JSON.
+and the share of time spent waiting for data; with --out writes the curves as JSON and as a picture.
 """
 
 from __future__ import annotations
@@ -164,7 +164,33 @@ def train(
         batch = inputs()
         waiting += time.perf_counter() - asked
         losses.append(train_step(model, optimizer, batch))
-    return {"losses": losses, "waiting_share": waiting / (time.perf_counter() - begin)}
+    share = waiting / (time.perf_counter() - begin)
+    return {"losses": losses, "waiting_seconds": waiting, "waiting_share": share}
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Loss with its oracle, returns against the behaviour policy, and the time spent waiting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (loss, returns, waiting) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    loss.plot(result["offline_losses"], lw=2.5, color="tab:blue", label="TrajectoryLoader")
+    loss.plot(result["oracle_losses"], lw=1, ls="--", color="black", label="naive loop")
+    loss.set(title="Offline loss", xlabel="step", ylabel="cross entropy")
+    loss.legend()
+    rounds = [result["offline_return"], *[entry["return"] for entry in result["online"]]]
+    returns.axhline(result["behaviour_return"], color="tab:gray", ls=":", label="behaviour policy")
+    returns.plot(range(len(rounds)), rounds, "o-", color="tab:blue", label="Decision Transformer")
+    returns.set(title="Mean return", xlabel="0: offline; then rounds online", ylim=(0, MAX_STEPS * 1.05))
+    returns.legend(loc="lower right")
+    shares = [100 * result["waiting_share"], 100 * result["oracle_waiting_share"]]
+    bars = waiting.bar(["TrajectoryLoader", "naive loop"], shares, color=["tab:blue", "tab:gray"])
+    waiting.bar_label(bars, fmt="%.1f %%")
+    waiting.set(title="Share of training time spent waiting for data", ylabel="%", ylim=(0, 100))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -173,12 +199,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=600, help="offline training steps")
-    parser.add_argument("--oracle-steps", type=int, default=100, help="steps compared with the naive loop")
+    parser.add_argument("--oracle-steps", type=int, default=None, help="steps of the naive loop; all of them")
     parser.add_argument("--online-rounds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=10, help="evaluation episodes")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--episodes", type=int, default=150, help="behaviour episodes")
-    parser.add_argument("--out", type=Path, default=None, help="folder for decision_transformer.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the .json and .png")
     options = parser.parse_args(argv)
     env = gymnasium.make("CartPole-v1")
     table = TrajectoryTable(SPEC)
@@ -212,9 +238,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         chosen = next(choices)
         return naive_inputs(episodes, chosen.handles.tolist(), chosen.anchors.tolist(), mean, std)
 
-    oracle = train(small_model(), from_list, options.oracle_steps)
-    same = min(options.oracle_steps, options.steps)
-    difference = float(np.abs(np.subtract(replay["losses"][:same], oracle["losses"][:same])).max())
+    same = options.steps if options.oracle_steps is None else min(options.oracle_steps, options.steps)
+    oracle = train(small_model(), from_list, same)
+    difference = float(np.abs(np.subtract(replay["losses"][:same], oracle["losses"])).max())
     evaluate = acting(model, mean, std, 400.0)
     offline = [
         play(env, TrajectoryWriter(TrajectoryTable(SPEC)), evaluate, 10_000 + i)
@@ -233,6 +259,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "offline_losses": replay["losses"],
         "oracle_losses": oracle["losses"],
         "largest_loss_difference": difference,
+        "waiting_seconds": replay["waiting_seconds"],
+        "oracle_waiting_seconds": oracle["waiting_seconds"],
         "waiting_share": replay["waiting_share"],
         "oracle_waiting_share": oracle["waiting_share"],
         "online": [],
@@ -246,11 +274,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ),
             max(options.steps // 10, 1),
         )
-        result["online"].append({"return": float(np.mean(gained)), "waiting_share": more["waiting_share"]})
-        print(f"online {turn}: mean return {np.mean(gained):.1f}, table of {len(table)} trajectories")
+        result["online"].append(
+            {
+                "return": float(np.mean(gained)),
+                "losses": more["losses"],
+                "waiting_share": more["waiting_share"],
+            }
+        )
+        print(
+            f"online {turn}: mean return {np.mean(gained):.1f}, table of {len(table)} trajectories, "
+            f"waiting {more['waiting_share']:.1%}"
+        )
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "decision_transformer.json").write_text(json.dumps(result, indent=1))
+        draw(result, options.out / "decision_transformer.png")
     return result
 
 

@@ -13,25 +13,29 @@ if TYPE_CHECKING:
     from rl_replay_gear.batch import TrajectoryBatch
     from rl_replay_gear.channel import SharedMemoryChannel
     from rl_replay_gear.derived import Derived, GeneralizedAdvantage, NStepReturn, ReturnsToGo
+    from rl_replay_gear.disk import ColdTable
+    from rl_replay_gear.graphed import GraphedCollect
     from rl_replay_gear.importers import import_hdf5, import_minari
+    from rl_replay_gear.layout import ParallelLayout
     from rl_replay_gear.limiter import RateLimiter
     from rl_replay_gear.loader import TrajectoryLoader
     from rl_replay_gear.mixture import Mixture
     from rl_replay_gear.prefix import PrefixSumTree
     from rl_replay_gear.selection import Selection
-    from rl_replay_gear.selectors import Fifo, Lifo, Prioritized, Selector, Shuffle, TopK, Uniform
+    from rl_replay_gear.selectors import Fifo, Lifo, Prioritized, Selector, Shuffle, TopK, TopShare, Uniform
     from rl_replay_gear.sequence import (
         RunningMoments,
         agents_as_sequence,
         chain_episodes,
+        prepend_prompt,
         sequence_priority,
         split_burn_in,
     )
-    from rl_replay_gear.sharded import ParallelLayout, ShardedTable
+    from rl_replay_gear.sharded import ShardedTable
     from rl_replay_gear.spec import ColumnSpec, TableSpec
     from rl_replay_gear.storage_format import load_table, save_table
     from rl_replay_gear.table import TrajectoryTable
-    from rl_replay_gear.tokens import Discretizer, TokenStream, tokenize
+    from rl_replay_gear.tokens import Discretizer, TokenStream, merge_streams, tokenize
     from rl_replay_gear.window import Window
     from rl_replay_gear.writer import TrajectoryWriter
 
@@ -39,36 +43,42 @@ _NAMES_IN = {
     "batch": ("TrajectoryBatch",),
     "channel": ("SharedMemoryChannel",),
     "derived": ("Derived", "GeneralizedAdvantage", "NStepReturn", "ReturnsToGo"),
+    "disk": ("ColdTable",),
+    "graphed": ("GraphedCollect",),
     "importers": ("import_hdf5", "import_minari"),
+    "layout": ("ParallelLayout",),
     "limiter": ("RateLimiter",),
     "loader": ("TrajectoryLoader",),
     "mixture": ("Mixture",),
     "prefix": ("PrefixSumTree",),
-    "selectors": ("Fifo", "Lifo", "Prioritized", "Selector", "Shuffle", "TopK", "Uniform"),
+    "selectors": ("Fifo", "Lifo", "Prioritized", "Selector", "Shuffle", "TopK", "TopShare", "Uniform"),
     "sequence": (
         "RunningMoments",
         "agents_as_sequence",
         "chain_episodes",
+        "prepend_prompt",
         "sequence_priority",
         "split_burn_in",
     ),
-    "sharded": ("ParallelLayout", "ShardedTable"),
+    "sharded": ("ShardedTable",),
     "spec": ("ColumnSpec", "TableSpec"),
     "storage_format": ("load_table", "save_table"),
     "selection": ("Selection",),
     "table": ("TrajectoryTable",),
-    "tokens": ("Discretizer", "TokenStream", "tokenize"),
+    "tokens": ("Discretizer", "TokenStream", "merge_streams", "tokenize"),
     "window": ("Window",),
     "writer": ("TrajectoryWriter",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 __all__ = [
+    "ColdTable",
     "ColumnSpec",
     "Derived",
     "Discretizer",
     "Fifo",
     "GeneralizedAdvantage",
+    "GraphedCollect",
     "Lifo",
     "Mixture",
     "NStepReturn",
@@ -86,6 +96,7 @@ __all__ = [
     "TableSpec",
     "TokenStream",
     "TopK",
+    "TopShare",
     "TrajectoryBatch",
     "TrajectoryLoader",
     "TrajectoryTable",
@@ -97,6 +108,8 @@ __all__ = [
     "import_hdf5",
     "import_minari",
     "load_table",
+    "merge_streams",
+    "prepend_prompt",
     "save_table",
     "sequence_priority",
     "split_burn_in",

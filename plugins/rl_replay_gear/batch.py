@@ -82,7 +82,6 @@ class TrajectoryBatch(Mapping[str, Tensor]):
     Attributes:
         handles, anchors: int64 [B] on the CPU, as selected.
         probability: float64 [B] on the CPU.
-        bytes_read: Bytes of rows this batch read from the table's memory.
         buffers: The gathered rows, one int64 [B, L, W] a read; ``collect(out=...)`` fills them again.
     """
 
@@ -90,14 +89,14 @@ class TrajectoryBatch(Mapping[str, Tensor]):
         self,
         parts: Mapping[str, Part],
         selection: Selection,
-        bytes_read: int,
+        row_counts: Sequence[tuple[Tensor, int]],
         buffers: Sequence[Tensor] = (),
     ) -> None:
         self.parts = parts
         self.selection = selection
         self.handles, self.anchors = selection.handles, selection.anchors
         self.probability = selection.probability
-        self.bytes_read = bytes_read
+        self._row_counts = row_counts
         self.buffers = tuple(buffers)
         self._weight = selection.weight
         self._views: dict[str, Tensor] = {}
@@ -131,6 +130,11 @@ class TrajectoryBatch(Mapping[str, Tensor]):
         return next(iter(self.parts.values())).words.device
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes of rows this batch read from the table's memory (or memories, when it is sharded)."""
+        return sum(int(count.sum()) * row_bytes for count, row_bytes in self._row_counts)
+
+    @property
     def weight(self) -> Tensor:
         """Importance weights float32 [B] on the batch's device; ones unless the selector is weighted."""
         if self._weight is None:
@@ -152,7 +156,7 @@ class TrajectoryBatch(Mapping[str, Tensor]):
                 bounds = part.segments.bounds.to(device, non_blocking=True)
                 moved_segments[segments] = Segments(bounds, part.segments.length)
             parts[name] = Part(moved_words[words], part.offset, part.column, moved_segments[segments])
-        return TrajectoryBatch(parts, self.selection, self.bytes_read)
+        return TrajectoryBatch(parts, self.selection, self._row_counts)
 
     def to_tensordict(self) -> Any:
         """A TensorDict of batch size [B] with the columns, ``mask``, ``timesteps``, ``handle`` and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rl_replay_gear import loops
 from rl_replay_gear.batch import Part, Segments, TrajectoryBatch
+from rl_replay_gear.memory import WORD, BufferPool
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.spec import ROW_ALIGNMENT, Field, RowGroup
 from rl_replay_gear.window import Window
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "torch", "triton"]
 Windows = Window | Mapping[str, Window]
-_WORD = 8  # rows are handled as int64 words
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,28 @@ class Read:
     fields: tuple[Field, ...]  # offsets relative to the first byte read
     group: int
     first_word: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes read of each row."""
+        return self.source.shape[1] * WORD
+
+    @cached_property
+    def pinned(self) -> bool:
+        """Whether kernels may read the source in host memory."""
+        return not self.source.is_cuda and self.source.is_pinned()
+
+    @cached_property
+    def _fills(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def fill_on(self, device: torch.device) -> Tensor | None:
+        """``fill`` on a device, copied there once."""
+        if self.fill is None or self.fill.device == device:
+            return self.fill
+        if device not in self._fills:
+            self._fills[device] = self.fill.to(device)
+        return self._fills[device]
 
     def source_in(self, storage: Sequence[Tensor]) -> Tensor:
         """The same words of another shard's row groups."""
@@ -65,16 +88,16 @@ def plan_reads(
         for window, fields in by_window.items():
             low = min(field.offset for field in fields) // ROW_ALIGNMENT * ROW_ALIGNMENT
             high = -(-max(field.stop for field in fields) // ROW_ALIGNMENT) * ROW_ALIGNMENT
-            fill = fill_row[low // _WORD : high // _WORD].clone()
+            fill = fill_row[low // WORD : high // WORD].clone()
             reads.append(
                 Read(
-                    words[:, low // _WORD : high // _WORD],
+                    words[:, low // WORD : high // WORD],
                     fill if bool(fill.any()) else None,
                     window,
                     group.final,
                     tuple(Field(field.column, field.offset - low) for field in fields),
                     number,
-                    low // _WORD,
+                    low // WORD,
                 )
             )
             segments.setdefault((window, group.final))
@@ -89,12 +112,13 @@ def collect_batch(
     *,
     device: torch.device,
     backend: Backend,
+    pool: BufferPool,
     out: Sequence[Tensor] | None = None,
 ) -> TrajectoryBatch:
     """Gather the windows of live ``slots`` into a batch on ``device``.
 
-    ``out``: one int64 tensor [B, L, W] a read, in the order of ``plan.reads``, to be filled instead of new
-    ones.
+    ``out``: one int64 tensor [B, L, W] a read, in the order of ``plan.reads``, to be filled instead of those
+    of ``pool`` (on the CPU) or new ones.
     """
     bounds: dict[tuple[Window, bool], tuple[Tensor, Segments]] = {}
     anchors = selection.anchors.numpy()
@@ -103,21 +127,46 @@ def collect_batch(
         host = segment_bounds(index, slots, anchors, window, final=final, pinned=pinned)
         there = host if device.type == "cpu" else host.to(device, non_blocking=True)
         bounds[window, final] = host, Segments(there, window.length)
-    parts: dict[str, Part] = {}
     buffers: list[Tensor] = []
-    bytes_read = 0
     for position, read in enumerate(plan.reads):
         host, segments = bounds[read.window, read.final]
-        words = _gather(
-            read, host, segments, device=device, backend=backend, out=None if out is None else out[position]
-        )
-        buffers.append(words)
-        bytes_read += int(host[1].sum()) * read.source.shape[1] * _WORD
+        into = None if out is None else out[position]
+        if into is None and device.type == "cpu":
+            into = pool.empty(len(slots), read.window.length, read.source.shape[1])
+        buffers.append(gather_windows(read, host, segments, device=device, backend=backend, out=into))
+    return assemble_batch(
+        plan, [segments for _, segments in bounds.values()], buffers, selection,
+        counts=[host[1] for host, _ in bounds.values()],
+    )  # fmt: skip
+
+
+def assemble_batch(
+    plan: ReadPlan,
+    segments: Sequence[Segments | Tensor],
+    words: Sequence[Tensor],
+    selection: Selection,
+    *,
+    counts: Sequence[Tensor] | None = None,
+) -> TrajectoryBatch:
+    """The batch of gathered ``words``, one a read, and of the segments (or their bounds) of the plan.
+
+    ``counts``: steps of each window, one tensor a plan segment, where they are nearer than in ``segments``.
+    """
+    of = {
+        key: part if isinstance(part, Segments) else Segments(part, key[0].length)
+        for key, part in zip(plan.segments, segments, strict=True)
+    }
+    near = dict(zip(plan.segments, counts, strict=True)) if counts is not None else None
+    parts: dict[str, Part] = {}
+    row_counts = []
+    for read, tensor in zip(plan.reads, words, strict=True):
+        key = read.window, read.final
+        row_counts.append((of[key].bounds[1] if near is None else near[key], read.row_bytes))
         for field in read.fields:
-            parts[field.column.name] = Part(words, field.offset, field.column, segments)
+            parts[field.column.name] = Part(tensor, field.offset, field.column, of[key])
     if len(plan.order) > 1:
         parts = {name: parts[name] for name in plan.order}
-    return TrajectoryBatch(parts, selection, bytes_read, buffers)
+    return TrajectoryBatch(parts, selection, row_counts, words)
 
 
 def segment_bounds(
@@ -131,6 +180,14 @@ def segment_bounds(
 ) -> Tensor:
     """First row, count, shift and first step of each slot's window: int64 [4, B] on the CPU."""
     bounds = torch.empty((4, len(slots)), dtype=torch.int64, pin_memory=pinned)
+    fill_bounds(index, slots, anchors, window, final=final, out=bounds.numpy())
+    return bounds
+
+
+def fill_bounds(
+    index: SlotIndex, slots: np.ndarray, anchors: np.ndarray, window: Window, *, final: bool, out: np.ndarray
+) -> None:
+    """``segment_bounds`` into ``out`` int64 [4, B]."""
     loops.window_segments(
         slots,
         anchors,
@@ -140,12 +197,11 @@ def segment_bounds(
         window.offset,
         window.length,
         window.pad_code,
-        bounds.numpy(),
+        out,
     )
-    return bounds
 
 
-def _gather(
+def gather_windows(
     read: Read,
     host: Tensor,
     segments: Segments,
@@ -154,24 +210,53 @@ def _gather(
     backend: Backend,
     out: Tensor | None,
 ) -> Tensor:
-    from tiered_memory import gather_segments
+    """One read of a batch: int64 [B, L, W] on ``device``.
 
-    source, fill, length = read.source, read.fill, read.window.length
-    on_device = source.is_cuda or (device.type == "cuda" and backend != "torch" and source.is_pinned())
-    if on_device and device.type == "cuda":
-        first, count, shift, _ = segments.bounds
-        fill = fill if fill is None else fill.to(device, non_blocking=True)
-        return gather_segments(source, first, count, shift, length, fill=fill, out=out, backend=backend)
-    if source.is_cuda:  # a device table read for the CPU: gather there, copy the batch
-        bounds = host.to(source.device)
-        fill = fill if fill is None else fill.to(source.device)
-        words = gather_segments(source, bounds[0], bounds[1], bounds[2], length, fill=fill, backend=backend)
-        return words.cpu() if out is None else out.copy_(words)
-    if device.type == "cpu":
+    Args:
+        host: Segments int64 [4, B] on the CPU; ``segments`` holds the same on ``device``.
+        out: Where the rows go; allocated when absent.
+    """
+    if device.type == "cpu" and not read.source.is_cuda:
         return _gather_on_cpu(read, host, backend, out)
-    staged = torch.empty((host.shape[1], length, source.shape[1]), dtype=torch.int64, pin_memory=True)
+    if device.type == "cuda" and (read.source.is_cuda or (backend != "torch" and read.pinned)):
+        return gather_on_gpu(read, [read.source], segments.bounds, backend=backend, out=out)
+    if read.source.is_cuda:  # a device table read for the CPU: gather there, copy the batch
+        words = gather_on_gpu(read, [read.source], host.to(read.source.device), backend=backend)
+        return words.cpu() if out is None else out.copy_(words)
+    shape = (host.shape[1], read.window.length, read.source.shape[1])
+    staged = torch.empty(shape, dtype=torch.int64, pin_memory=True)
     _gather_on_cpu(read, host, "torch", staged)
     return staged.to(device, non_blocking=True) if out is None else out.copy_(staged, non_blocking=True)
+
+
+def gather_on_gpu(
+    read: Read, sources: Sequence[Tensor], bounds: Tensor, *, backend: Backend, out: Tensor | None = None
+) -> Tensor:
+    """Windows on the device of ``bounds``, int64 [4, B]; ``bounds[0]`` are row codes of ``sources``."""
+    first, count, shift, _ = bounds.unbind()
+    length, width, device = read.window.length, read.source.shape[1], bounds.device
+    fill = read.fill_on(device)
+    from tiered_memory import gather_segments, kernels, peer_access
+
+    in_reach = all(not source.is_cuda or peer_access(device.index, source.device.index) for source in sources)
+    if backend == "torch" or not in_reach or len(first) == 0:
+        return gather_segments(sources, first, count, shift, length, fill=fill, out=out, backend=backend)
+    if out is None:
+        out = torch.empty((len(first), length, width), dtype=torch.int64, device=device)
+    # Rows, offsets and segments were checked when they were made: straight to the kernel, which for a batch
+    # of a megabyte takes less time than checking again.
+    kernels.gather_segments(
+        list(sources),
+        first,
+        count,
+        shift,
+        length,
+        fill if fill is None else fill[None],
+        out.view(-1, width),
+        skipped=[],
+        unit_bytes=ROW_ALIGNMENT,
+    )
+    return out
 
 
 def _gather_on_cpu(read: Read, host: Tensor, backend: Backend, out: Tensor | None) -> Tensor:

@@ -32,6 +32,17 @@ GENERATION_MASK = (1 << GENERATION_BITS) - 1
 
 
 @njit(cache=True, nogil=True)
+def counter_uniforms(key: np.uint64, first: int, out: np.ndarray) -> None:
+    """Fill ``out`` with SplitMix64 of ``key`` at the counters ``first ..``: 53 bits in [0, 1)."""
+    for i in range(out.shape[0]):
+        z = key + np.uint64(first + i) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        out[i] = np.float64(z >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
+@njit(cache=True, nogil=True)
 def locate(
     handles: np.ndarray, shard: int, generation: np.ndarray, live: np.ndarray, slots: np.ndarray
 ) -> int:
@@ -220,6 +231,15 @@ def first_occurrences(items: np.ndarray, seen: np.ndarray, stamp: int, out: np.n
     return filled
 
 
+def counter_uniforms_numpy(key: np.uint64, first: int, out: np.ndarray) -> None:
+    """The twin of ``counter_uniforms``."""
+    z = np.arange(first, first + len(out), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    out[:] = (z >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
 def locate_numpy(
     handles: np.ndarray, shard: int, generation: np.ndarray, live: np.ndarray, slots: np.ndarray
 ) -> int:
@@ -277,6 +297,7 @@ def make_handles_numpy(slots: np.ndarray, generation: np.ndarray, shard: int, ha
 
 
 if not COMPILED:
+    counter_uniforms = counter_uniforms_numpy
     locate, window_segments = locate_numpy, window_segments_numpy
     uniform_anchors, make_handles = uniform_anchors_numpy, make_handles_numpy
     fill_padding = fill_padding_numpy

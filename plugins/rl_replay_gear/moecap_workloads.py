@@ -7,9 +7,8 @@ storage with its slice sampler, ``rows`` a plain row gather; both are on the hos
 from __future__ import annotations
 
 import difflib
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,28 +17,16 @@ from scipy import stats
 from torch import Tensor
 
 from moecap_eval.workload import ArmConfig, Axis, BlockResult, Item, RunContext, Sample, System, Workload
-from rl_replay_gear.randomness import CounterGenerator
-from rl_replay_gear.selectors import Prioritized, Uniform
-from rl_replay_gear.sharded import ShardedTable
-from rl_replay_gear.spec import ColumnSpec, TableSpec
-from rl_replay_gear.table import TrajectoryTable
-from rl_replay_gear.window import Window
+from rl_replay_gear.workload_stores import gear_store, row_store, torchrl_store
 
 OPTIONS = {"store": "gear", "tier": "host"}
 PARAMS = {
-    "access": "dt_windows",
-    "trajectories": 200,
-    "steps": 200,
-    "batch_size": 64,
-    "batches": 8,
-    "items": 8,
-}
+    "access": "dt_windows", "trajectories": 200, "steps": 200, "batch_size": 64, "batches": 8, "items": 8,
+}  # fmt: skip
 STORES, TIERS = ("gear", "torchrl", "rows"), ("host", "pinned", "device")
 ACCESSES = ("dt_windows", "trajectories", "prioritized", "online", "sharded")
 CONTEXT, FEATURES = 20, 17
 SMALLEST_P = 1e-5
-
-Fetch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class TrainWorkload(Workload):
@@ -95,13 +82,14 @@ class _TrainSystem(System):
         self.options, self.params = options, params
         generator = torch.Generator().manual_seed(seed)
         count, steps = params["trajectories"], params["steps"]
-        self.length = steps if params["access"] == "trajectories" else min(CONTEXT, steps)
         self.episodes = torch.randn(count, steps, FEATURES, generator=generator)
         self.episodes[..., -1] = torch.arange(count)[:, None]  # which trajectory a row is of
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self.bytes = 0
-        make = {"gear": self._gear, "torchrl": self._torchrl, "rows": self._rows}[options["store"]]
-        self.fetch = make()
+        length = steps if params["access"] == "trajectories" else min(CONTEXT, steps)
+        arguments = (self.episodes, length, params["batch_size"])
+        if options["store"] == "gear":
+            self.store = gear_store(*arguments, access=params["access"], memory=options["tier"])
+        else:
+            self.store = (torchrl_store if options["store"] == "torchrl" else row_store)(*arguments)
 
     def run(self, items: Sequence[Item]) -> BlockResult:
         """Deliver the batches of all items."""
@@ -111,7 +99,7 @@ class _TrainSystem(System):
             begin = time.perf_counter()
             for number in range(self.params["batches"]):
                 asked = time.perf_counter()
-                windows, mask = self.fetch(item.payload * 1000 + number)
+                windows, mask = self.store.fetch(item.payload * 1000 + number)
                 waits.append(time.perf_counter() - asked)
                 drawn.append(windows[:, -1, -1].cpu())  # the last position always holds a step
                 delivered += int(mask.sum())
@@ -128,7 +116,7 @@ class _TrainSystem(System):
 
     def memory_bytes(self) -> dict[str, int]:
         """Rows stored, by tier."""
-        return {"hbm" if self.options["tier"] == "device" else "dram": self.bytes}
+        return {"hbm" if self.options["tier"] == "device" else "dram": self.store.nbytes}
 
     def describe(self) -> dict[str, Any]:
         """What was opened."""
@@ -136,67 +124,9 @@ class _TrainSystem(System):
 
     def close(self) -> None:
         """Remove temporary files."""
-        if self._folder is not None:
-            self._folder.cleanup()
+        self.store.close()
 
     def _law(self, which: Tensor) -> bool:
         """Chi-square of the trajectories drawn against the uniform law (all priorities are equal)."""
         counts = np.bincount(which.long().numpy(), minlength=len(self.episodes))
         return bool(stats.chisquare(counts).pvalue > SMALLEST_P)
-
-    def _gear(self) -> Fetch:
-        count, steps = self.params["trajectories"], self.params["steps"]
-        spec = TableSpec((ColumnSpec("obs", (FEATURES,)),), count * steps, count)
-        table = TrajectoryTable(spec, memory=self.options["tier"])
-        for episode in self.episodes:
-            table.write({"obs": episode}, priority=1.0)
-        self.bytes = table.nbytes
-        access = self.params["access"]
-        selector: Any = Prioritized() if access in ("prioritized", "online") else Uniform()
-        source: Any = ShardedTable(table) if access == "sharded" else table
-        anchor = "start" if access == "trajectories" else "uniform"
-        window = Window(self.length, 0, "head")
-        device = None if self.options["tier"] == "host" else "cuda"
-
-        def fetch(number: int) -> tuple[Tensor, Tensor]:
-            if access == "online":
-                table.write({"obs": self.episodes[number % count]}, priority=1.0)
-            selection = source.select(
-                selector, self.params["batch_size"], anchor=anchor, generator=CounterGenerator(number)
-            )
-            batch = source.collect(selection, window, device=device)
-            return batch["obs"], batch.mask["obs"]
-
-        return fetch
-
-    def _rows(self) -> Fetch:
-        rows = self.episodes.flatten(0, 1)
-        self.bytes = rows.nbytes
-        count, steps = self.episodes.shape[:2]
-        relative = torch.arange(self.length)
-
-        def fetch(number: int) -> tuple[Tensor, Tensor]:
-            random = np.random.default_rng(number)
-            which = torch.from_numpy(random.integers(0, count, self.params["batch_size"]))
-            begin = torch.from_numpy(random.integers(0, steps - self.length + 1, self.params["batch_size"]))
-            index = (which * steps + begin)[:, None] + relative
-            windows = rows.index_select(0, index.flatten()).view(*index.shape, FEATURES)
-            return windows, torch.ones(index.shape, dtype=torch.bool)
-
-        return fetch
-
-    def _torchrl(self) -> Fetch:
-        from rl_replay_gear.integrations.torchrl import slice_sampler_buffer
-
-        self._folder = tempfile.TemporaryDirectory()
-        buffer = slice_sampler_buffer(
-            self.episodes, self.length, self.params["batch_size"], self._folder.name
-        )
-        self.bytes = self.episodes.nbytes
-
-        def fetch(number: int) -> tuple[Tensor, Tensor]:
-            torch.manual_seed(number)
-            windows = buffer.sample()["obs"].view(-1, self.length, FEATURES)
-            return windows, torch.ones(windows.shape[:2], dtype=torch.bool)
-
-        return fetch

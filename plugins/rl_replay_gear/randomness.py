@@ -7,10 +7,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from rl_replay_gear import loops
+
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64 (Steele et al. 2014)
-_SCALE = 1.0 / (1 << 53)
 
 
 def mix_key(*parts: int) -> int:
@@ -36,17 +37,10 @@ class CounterGenerator:
 
     def random(self, count: int) -> np.ndarray:
         """The next ``count`` float64 in [0, 1)."""
-        z = np.arange(self._used + 1, self._used + count + 1, dtype=np.uint64)
+        out = np.empty(count, np.float64)
+        loops.counter_uniforms(np.uint64(self._key), self._used + 1, out)
         self._used += count
-        z *= np.uint64(_GOLDEN)
-        z += np.uint64(self._key)
-        z ^= z >> np.uint64(30)
-        z *= np.uint64(_FIRST)
-        z ^= z >> np.uint64(27)
-        z *= np.uint64(_SECOND)
-        z ^= z >> np.uint64(31)
-        z >>= np.uint64(11)
-        return z * _SCALE
+        return out
 
 
 class HasRandom(Protocol):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl_replay_gear.batch import TrajectoryBatch
+
 
 def sequence_priority(td_error: Tensor, mask: Tensor, eta: float = 0.9) -> Tensor:
     """``eta max_t |d_t| + (1 - eta) mean_t |d_t|`` over the masked steps (R2D2, Kapturowski et al. 2019).
@@ -37,6 +39,35 @@ def split_burn_in(tensor: Tensor, burn_in: int) -> tuple[Tensor, Tensor]:
     if not 0 <= burn_in < tensor.shape[1]:
         raise ValueError(f"burn_in={burn_in} must be in 0..{tensor.shape[1] - 1}")
     return tensor[:, :burn_in], tensor[:, burn_in:]
+
+
+def prepend_prompt(prompt: TrajectoryBatch, batch: TrajectoryBatch) -> dict[str, Tensor]:
+    """Put a segment of another trajectory of the task before each context (Prompt-DT, Xu et al. 2022; Gato).
+
+    Draw the prompts from the task's table, e.g. with ``TopShare(0.1)`` over returns.
+
+    Args:
+        prompt: [B, P] windows. batch: [B, L] windows of the same columns.
+
+    Returns:
+        The columns [B, P + L, *shape]; ``mask`` and ``is_prompt`` bool and ``timesteps`` int64 [B, P + L].
+
+    Raises:
+        ValueError: the batches differ in size or columns.
+    """
+    if prompt.columns != batch.columns or prompt.batch_size != batch.batch_size:
+        raise ValueError(
+            f"a prompt of {prompt.batch_size} x ({', '.join(prompt.columns)}) does not fit a batch of "
+            f"{batch.batch_size} x ({', '.join(batch.columns)})"
+        )
+    first = batch.columns[0]
+    out = {name: torch.cat([prompt[name], batch[name]], 1) for name in batch.columns}
+    out["mask"] = torch.cat([prompt.mask[first], batch.mask[first]], 1)
+    out["timesteps"] = torch.cat([prompt.timesteps[first], batch.timesteps[first]], 1)
+    length = prompt.mask[first].shape[1]
+    out["is_prompt"] = torch.arange(out["mask"].shape[1], device=batch.device) < length
+    out["is_prompt"] = out["is_prompt"].expand_as(out["mask"])
+    return out
 
 
 def agents_as_sequence(tensor: Tensor) -> Tensor:

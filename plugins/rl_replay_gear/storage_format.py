@@ -123,7 +123,7 @@ def load_table(
         for name, entry in manifest["files"].items()
         if name.startswith("index-")
     }
-    rows = [folder / name for name in manifest["files"] if name.startswith("rows-")]
+    rows = row_files(folder)
     if mmap:
         return _mapped_table(spec, manifest, state, rows, remover)
     table = TrajectoryTable(
@@ -142,6 +142,12 @@ def load_table(
                     words[begin:stop].copy_(torch.frombuffer(raw, dtype=torch.int64).view(stop - begin, -1))
     _adopt(table, manifest, state)
     return table
+
+
+def row_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of a saved table that hold its row groups, in the table's order."""
+    folder = Path(path)
+    return [folder / name for name in _read_manifest(folder / MANIFEST)["files"] if name.startswith("rows-")]
 
 
 def _adopt(table: TrajectoryTable, manifest: dict[str, Any], state: dict[str, np.ndarray]) -> None:

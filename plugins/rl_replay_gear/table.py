@@ -18,15 +18,14 @@ from rl_replay_gear.batch import TrajectoryBatch
 from rl_replay_gear.collect import Backend, ReadPlan, Windows, collect_batch, plan_reads
 from rl_replay_gear.index import SlotIndex
 from rl_replay_gear.limiter import RateLimiter
-from rl_replay_gear.randomness import CounterGenerator, Generator, uniforms
+from rl_replay_gear.memory import BufferPool, Memory, allocate_rows, resolve_memory
+from rl_replay_gear.randomness import Generator, uniforms
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Fifo, Selector
-from rl_replay_gear.spec import DTYPE_NAMES, ColumnSpec, RowGroup, TableSpec, row_groups
+from rl_replay_gear.spec import DTYPE_NAMES, ColumnSpec, TableSpec, row_groups
 from rl_replay_gear.window import Window
 
-Memory = Literal["auto", "host", "pinned", "device"]
 Anchor = Literal["uniform", "start", "end"]
-_WORD = 8
 
 
 class TrajectoryTable:
@@ -46,7 +45,7 @@ class TrajectoryTable:
             evicted.
         limiter: Holds writes and selections back (see ``RateLimiter``).
         shard: Number of this shard in a ``ShardedTable``; part of every handle.
-        shared: Host rows lie in memory that other processes of this host may map.
+        shared: Rows lie in memory that other processes of this host may map.
         storage: Rows that exist already, one int64 [rows, row_bytes / 8] a row group; the table is read-only.
     """
 
@@ -67,11 +66,12 @@ class TrajectoryTable:
         if not 0 <= shard < 1 << 12:
             raise ValueError(f"shard must be in 0..4095, got {shard}")
         self.spec = spec
-        self.memory = _resolve_memory(memory)
+        self.memory = resolve_memory(memory)
         self.groups = row_groups(spec.all_columns)
         self.read_only = storage is not None
+        self.shared = shared
         if storage is None:
-            self.storage, self.arena = _allocate(self.groups, spec.num_rows, self.memory, shared)
+            self.storage, self.arena = allocate_rows(self.groups, spec.num_rows, self.memory, shared=shared)
         else:
             self.storage, self.arena = list(storage), None
         self.index = SlotIndex(spec.max_trajectories, shard)
@@ -87,10 +87,11 @@ class TrajectoryTable:
             for group, words in zip(self.groups, self.storage, strict=True)
             for field in group.fields
         }
-        self._selectors: weakref.WeakSet[Selector] = weakref.WeakSet()
+        self._selectors: list[weakref.ref[Selector]] = []
+        self._pool = BufferPool()
         self._retired: deque[int] = deque()
         self._plans: dict[Any, ReadPlan] = {}
-        self._in_flight: list[torch.cuda.Event] = []
+        self._in_flight: dict[tuple[int, int], torch.cuda.Event] = {}
         self.attach(self.remover)
 
     def __len__(self) -> int:
@@ -271,7 +272,7 @@ class TrajectoryTable:
             np.maximum.at(largest, inverse, values)
             self.index.set_priorities(unique, largest)
             selectable = unique[self.index.selectable[unique]]
-            for selector in self._selectors:
+            for selector in self._followers():
                 selector.updated(selectable)
             self.stale_dropped += stale
         return stale
@@ -279,7 +280,12 @@ class TrajectoryTable:
     def attach(self, selector: Selector) -> None:
         """Let ``selector`` follow this table; ``select`` does it on first use."""
         selector.attach(self)
-        self._selectors.add(selector)
+        if selector not in self._followers():
+            self._selectors = [known for known in self._selectors if known() is not None]
+            self._selectors.append(weakref.ref(selector))
+
+    def _followers(self) -> list[Selector]:
+        return [selector for known in self._selectors if (selector := known()) is not None]
 
     def select(
         self,
@@ -307,7 +313,7 @@ class TrajectoryTable:
         if self.limiter is not None:
             self.limiter.wait_sample(batch_size)
         with self.lock:
-            if selector not in self._selectors:
+            if not selector.serves(self):
                 self.attach(selector)
             if self.index.num_selectable == 0:
                 state = "" if self.limiter is None else f" ({self.limiter.describe()})"
@@ -391,9 +397,10 @@ class TrajectoryTable:
                 device=target,
                 backend=backend,
                 out=out,
+                pool=self._pool,
             )
             if target.type == "cuda" or self.memory == "device":
-                self._note_in_flight()
+                self.note_reading()
         return batch
 
     def plan(self, windows: Windows, columns: Sequence[str] | None = None) -> ReadPlan:
@@ -417,6 +424,14 @@ class TrajectoryTable:
             plan = self._plans[key] = plan_reads(self.groups, self.storage, per_column)
         return plan
 
+    def note_reading(self) -> None:
+        """Kernels queued on the current stream read the rows: writes wait for them."""
+        # A stream works in order: its last event stands for all before it.
+        stream = torch.cuda.current_stream()
+        key = (stream.device_index, stream.cuda_stream)
+        event = self._in_flight.setdefault(key, torch.cuda.Event())
+        event.record(stream)
+
     def _home(self) -> torch.device:
         return self.storage[0].device if self.memory == "device" else torch.device("cpu")
 
@@ -433,7 +448,7 @@ class TrajectoryTable:
         self._store(tensors, start, num_steps)
         slot = self.index.insert(start, num_steps, value)
         changed = np.array([slot], np.int64)
-        for selector in self._selectors:
+        for selector in self._followers():
             selector.inserted(changed)
         if self.limiter is not None:
             self.limiter.inserted()
@@ -455,15 +470,14 @@ class TrajectoryTable:
             if not stale:
                 self._remove_slot(int(slots[0]))
                 return
-        chosen, _ = self.remover.select(1, CounterGenerator(0, self.evictions))
-        self._remove_slot(int(chosen[0]))
+        self._remove_slot(self.remover.evict(self.evictions))
         self.evictions += 1
 
     def _remove_slot(self, slot: int) -> None:
         changed = np.array([slot], np.int64)
         if self.index.selectable[slot]:
             self.index.retire(slot)
-            for selector in self._selectors:
+            for selector in self._followers():
                 selector.removed(changed)
         self.allocator.free(
             int(self.index.start[slot]), int(self.index.length[slot]) + int(self.spec.has_final)
@@ -502,19 +516,13 @@ class TrajectoryTable:
             if self.index.times_sampled[slot[0]] >= allowed:
                 self._retired.append(int(self.index.handles(slot)[0]))
                 self.index.retire(int(slot[0]))
-                for other in self._selectors:
+                for other in self._followers():
                     other.removed(slot)
         return slots, probability
 
-    def _note_in_flight(self) -> None:
-        event = torch.cuda.Event()
-        event.record()
-        self._in_flight = [other for other in self._in_flight if not other.query()]
-        self._in_flight.append(event)
-
     def _await_readers(self) -> None:
         # Kernels read the rows in place: none may still run when rows are overwritten.
-        for event in self._in_flight:
+        for event in self._in_flight.values():
             event.synchronize()
         self._in_flight.clear()
 
@@ -574,41 +582,3 @@ def _column_view(words: Tensor, column: ColumnSpec, offset: int) -> Tensor:
     if len(column.shape) > 1:
         view = view.unflatten(-1, column.shape)
     return view.view(torch.bool) if dtype is torch.bool else view
-
-
-def _resolve_memory(memory: str) -> str:
-    if memory not in ("auto", "host", "pinned", "device"):
-        raise ValueError(f"memory must be 'auto', 'host', 'pinned' or 'device', got {memory!r}")
-    if memory == "auto":
-        return "pinned" if torch.cuda.is_available() else "host"
-    if memory in ("pinned", "device") and not torch.cuda.is_available():
-        raise RuntimeError(f"memory={memory!r} needs a CUDA device; use 'host' or 'auto'")
-    return memory
-
-
-def _allocate(groups: Sequence[RowGroup], rows: int, memory: str, shared: bool) -> tuple[list[Tensor], Any]:
-    """One int64 [rows, row_bytes / 8] tensor a group, and the shared arena they lie in, if any."""
-    tiers = [_resolve_memory(group.memory or memory) for group in groups]
-    widths = [group.row_bytes // _WORD for group in groups]
-    if shared:
-        from tiered_memory import PinnedArena
-
-        if "device" in tiers:
-            raise ValueError("shared=True needs every column in host or pinned memory")
-        pinned = None if "pinned" in tiers else False
-        arena = PinnedArena(shared_bytes(rows, widths), pinned=pinned, shared=True)
-        return [arena.empty((rows, width), torch.int64) for width in widths], arena
-    return [_rows(rows, width, tier) for width, tier in zip(widths, tiers, strict=True)], None
-
-
-def shared_bytes(rows: int, widths: Sequence[int]) -> int:
-    """Size of an arena that holds ``rows`` of each of ``widths`` words, page-aligned."""
-    return sum(-(-rows * width * _WORD // 4096) * 4096 for width in widths)
-
-
-def _rows(rows: int, width: int, tier: str) -> Tensor:
-    if tier == "pinned":
-        from tiered_memory import PinnedArena
-
-        return PinnedArena(rows * width * _WORD).empty((rows, width), torch.int64)
-    return torch.empty((rows, width), dtype=torch.int64, device="cuda" if tier == "device" else "cpu")

@@ -1,8 +1,9 @@
-"""What each process of the sharding tests does; run as ``python sharded_cases.py CASE RANK WORLD STORE``."""
+"""What each process of the sharding tests does: ``python sharded_cases.py CASE,CASE RANK WORLD STORE``."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import timedelta
 
@@ -150,6 +151,52 @@ def case_stages(rank, world):
     return [[list(b.columns), b.handles.tolist(), b.anchors.tolist()] for b in batches]
 
 
+def case_tensor_peers(rank, world):
+    """2 data-parallel ranks of 2 tensor-parallel processes each."""
+    layout = ParallelLayout(rank // 2, 2, tp_rank=rank % 2, tp_size=2)
+    table = ShardedTable(shard(rank), layout, exchange="all_to_all")
+    loader = TrajectoryLoader(table, Prioritized(), WINDOW, 6, seed=6)
+    batch = next(loader)
+    return [batch.handles.tolist(), batch.anchors.tolist(), batch["x"].flatten().tolist()]
+
+
+def case_batch_sizes(rank, world):
+    table = ShardedTable(shard(rank))
+    refused = []
+    for selector in (Uniform(), TopK()):
+        try:
+            table.select(selector, 3 + rank, generator=CounterGenerator(0))
+        except ValueError as error:
+            refused.append(str(error))
+    return refused
+
+
+def case_strict(rank, world):
+    """A stale handle of one shard is an error in all processes, and nothing changes in any."""
+    table = ShardedTable(shard(rank), exchange="all_to_all")
+    selection = table.select(Uniform(replacement=False), 3, generator=CounterGenerator(3))
+    if rank == 0:
+        table.table.clear()
+    before = table.table.priorities().tolist()
+    try:
+        table.update_priorities(selection.handles, torch.full((3,), 9.0), strict=True)
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
+    return [refused, table.table.priorities().tolist() == before]
+
+
+def case_peer_dies(rank, world):
+    table = ShardedTable(shard(rank))
+    if rank == world - 1:
+        os._exit(7)
+    try:
+        table.select(Uniform(), 3, generator=CounterGenerator(0))
+    except RuntimeError as error:
+        print("RESULT peer_dies", json.dumps(str(error)), flush=True)
+    os._exit(0)
+
+
 def case_schema(rank, world):
     spec = SPEC if rank == 0 else TableSpec(COLUMNS[:2], 500, 50, (ReturnsToGo(reward="who"),))
     try:
@@ -168,14 +215,15 @@ def case_empty(rank, world):
 
 
 def main():
-    case, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    cases, rank, world, store = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    result = globals()[f"case_{case}"](rank, world)
-    print("RESULT", json.dumps(result), flush=True)
-    dist.barrier()
+    for case in cases:
+        result = globals()[f"case_{case}"](rank, world)
+        print(f"RESULT {case}", json.dumps(result), flush=True)
+        dist.barrier()
     dist.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rl_replay_gear import ColumnSpec, TableSpec, TrajectoryTable, Uniform, Window
+from rl_replay_gear import ColumnSpec, GraphedCollect, TableSpec, TrajectoryTable, Uniform, Window
 from rl_replay_gear.randomness import CounterGenerator
 from rl_replay_gear.spec import DTYPES, row_groups
 
@@ -38,14 +38,18 @@ sys.path.insert(0, {here!r})
 import torch
 from test_collect import mixed_table
 from rl_replay_gear import Uniform, Window
+from rl_replay_gear.collect import gather_on_gpu, segment_bounds
 from rl_replay_gear.randomness import CounterGenerator
 table = mixed_table()
 selection = table.select(Uniform(), 6, generator=CounterGenerator(3))
+slots, _ = table.index.locate(selection.handles.numpy())
 for window in (Window(5, -2, "head"), Window(3, 0, "tail")):
     plain = table.collect(selection, window, backend="torch")
     kernel = table.collect(selection, window, backend="triton")
-    for a, b in zip(plain.buffers, kernel.buffers, strict=True):
+    for read, a, b in zip(table.plan(window).reads, plain.buffers, kernel.buffers, strict=True):
         assert torch.equal(a, b)
+        bounds = segment_bounds(table.index, slots, selection.anchors.numpy(), window, final=read.final)
+        assert torch.equal(a, gather_on_gpu(read, [read.source], bounds, backend="auto"))
 print("equal")
 """
 
@@ -145,3 +149,30 @@ def test_memory_that_does_not_exist_is_refused(spec):
             TrajectoryTable(spec, memory=memory)
     with pytest.raises(ValueError, match="'auto', 'host', 'pinned' or 'device'"):
         TrajectoryTable(spec, memory="gpu")
+
+
+def test_gr29_a_graph_needs_rows_that_kernels_can_read(filled):
+    with pytest.raises(ValueError, match="rows in pinned or device memory"):
+        GraphedCollect(filled, Window(3), 4)
+    with pytest.raises(ValueError, match="buffers=0"):
+        GraphedCollect(filled, Window(3), 4, buffers=0)
+
+
+def test_batch_memory_is_used_again_only_when_no_tensor_lies_in_it():
+    table = TrajectoryTable(TableSpec((ColumnSpec("x", (64,)),), 1000, 10))
+    for n in range(10):
+        table.write({"x": torch.full((100, 64), float(n))})
+
+    def batch(seed):
+        return table.collect(table.select(Uniform(), 32, generator=CounterGenerator(seed)), Window(20))
+
+    kept = batch(0)["x"][3:5]  # a view outlives its batch
+    values, address = kept.clone(), kept.untyped_storage().data_ptr()
+    others = [batch(seed) for seed in range(1, 4)]
+    assert address not in {other["x"].untyped_storage().data_ptr() for other in others}
+    assert torch.equal(kept, values)
+    array = kept.numpy()
+    del kept
+    assert batch(5)["x"].untyped_storage().data_ptr() != address
+    del array
+    assert address in {b["x"].untyped_storage().data_ptr() for b in [batch(seed) for seed in range(6, 12)]}

@@ -17,6 +17,16 @@ def test_gr08_batches_on_the_gpu_have_the_bits_of_the_cpu(memory):
     assert bench.same_bits(memory)["ok"]
 
 
+def test_gr30_columns_in_two_tiers_come_in_one_batch():
+    found = bench.two_tiers()
+    assert found["ok"], found
+
+
+def test_gr05_a_prioritised_selector_on_the_device_draws_the_cpus_items():
+    found = bench.selector_on_device()
+    assert found["ok"], found
+
+
 def test_gr08_a_column_past_2_gib():
     assert bench.past_2_gib(bench.filled(bench.WIDE_COLUMNS, 2200, 1000, "pinned"))["ok"]
 
@@ -64,6 +74,11 @@ def test_gr29_draw_and_gather_replay_from_a_cuda_graph():
         handles = torch.from_numpy(table.index.handles(slots.numpy()))
         chosen = Selection(handles, torch.zeros(64, dtype=torch.int64), torch.ones(64))
         assert torch.equal(out, table.collect(chosen, Window(20)).buffers[0])
+
+
+def test_gr29_graphed_collection_equals_eager():
+    found = bench.graphed_bits()
+    assert found["ok"], found
 
 
 def test_select_is_reproducible_on_any_memory():

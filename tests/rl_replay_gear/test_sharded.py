@@ -26,11 +26,18 @@ from rl_replay_gear import (
 SCRIPT = os.path.join(os.path.dirname(__file__), "sharded_cases.py")
 
 
-def run(case, world, tmp_path):
-    """The result of every process."""
+CASES = {
+    2: ["all_to_all", "schema", "empty"],
+    3: ["mapped", "law", "ranked", "priorities", "strict", "batch_sizes"],
+    4: ["all_to_all", "stages", "tensor_peers"],
+}  # by number of processes: starting one takes seconds, so a group runs all its cases
+
+
+def launch(cases, world, folder):
+    """What each process prints for each case, and its exit code."""
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, case, str(rank), str(world), str(tmp_path / "store")],
+            [sys.executable, SCRIPT, ",".join(cases), str(rank), str(world), str(folder / "store")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -38,29 +45,49 @@ def run(case, world, tmp_path):
         )
         for rank in range(world)
     ]
-    results = []
+    found: dict[str, list[object]] = {case: [] for case in cases}
+    codes, errors = [], []
     for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error[-3000:]
-        results.append(json.loads(out.split("RESULT ", 1)[1].splitlines()[0]))
+        out, error = process.communicate(timeout=240)
+        codes.append(process.returncode)
+        errors.append(error)
+        for line in out.splitlines():
+            if line.startswith("RESULT "):
+                _, case, result = line.split(" ", 2)
+                found[case].append(json.loads(result))
+    return found, codes, errors
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """``run(case, world)``: the result of every process."""
+    groups = {}
+
+    def results(case, world):
+        if world not in groups:
+            found, codes, errors = launch(CASES[world], world, tmp_path_factory.mktemp(f"world{world}"))
+            assert codes == [0] * world, errors[0][-3000:]
+            groups[world] = found
+        return groups[world][case]
+
     return results
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gr15_shards_draw_the_items_of_one_table(world, tmp_path):
-    assert run("all_to_all", world, tmp_path) == ["same"] * world
+def test_gr15_shards_draw_the_items_of_one_table(world, run):
+    assert run("all_to_all", world) == ["same"] * world
 
 
-def test_gr26_mapped_shards_give_the_same_batches(tmp_path):
-    assert run("mapped", 3, tmp_path) == ["same"] * 3
+def test_gr26_mapped_shards_give_the_same_batches(run):
+    assert run("mapped", 3) == ["same"] * 3
 
 
-def test_gr14_frequencies_equal_global_weights_with_an_empty_shard(tmp_path):
+def test_gr14_frequencies_equal_global_weights_with_an_empty_shard(run):
     sys.path.insert(0, os.path.dirname(SCRIPT))
     import sharded_cases
 
     counts: dict[int, int] = {}
-    for result in run("law", 3, tmp_path):
+    for result in run("law", 3):
         for who, count in result.items():
             counts[int(who)] = counts.get(int(who), 0) + count
     weights = {
@@ -76,11 +103,11 @@ def test_gr14_frequencies_equal_global_weights_with_an_empty_shard(tmp_path):
     assert statistic < len(expected) - 1 + 4.5 * np.sqrt(2 * (len(expected) - 1))
 
 
-def test_gr14_top_k_and_distinct_draws_over_shards(tmp_path):
+def test_gr14_top_k_and_distinct_draws_over_shards(run):
     sys.path.insert(0, os.path.dirname(SCRIPT))
     import sharded_cases
 
-    results = run("ranked", 3, tmp_path)
+    results = run("ranked", 3)
     ranked = sorted(
         (
             (-priority, rank, number, int(columns["who"][0]))
@@ -95,8 +122,8 @@ def test_gr14_top_k_and_distinct_draws_over_shards(tmp_path):
     assert all("cannot select 150 distinct trajectories from a table of 11" in r for _, _, r in results)
 
 
-def test_gr14_priorities_reach_the_shard_that_holds_them(tmp_path):
-    results = run("priorities", 3, tmp_path)
+def test_gr14_priorities_reach_the_shard_that_holds_them(run):
+    results = run("priorities", 3)
     dropped = {result[0] for result in results}
     assert len(dropped) == 1  # every process learns the same number
     values = {value for result in results for value in result[1]}
@@ -106,8 +133,8 @@ def test_gr14_priorities_reach_the_shard_that_holds_them(tmp_path):
     assert len({result[4] for result in results}) == 1
 
 
-def test_gr19_stages_of_one_data_parallel_rank_get_the_same_items(tmp_path):
-    results = run("stages", 4, tmp_path)
+def test_gr19_stages_of_one_data_parallel_rank_get_the_same_items(run):
+    results = run("stages", 4)
     for first, second in ((0, 1), (2, 3)):
         for a, b in zip(results[first], results[second], strict=True):
             assert a[1:] == b[1:]
@@ -115,11 +142,36 @@ def test_gr19_stages_of_one_data_parallel_rank_get_the_same_items(tmp_path):
     assert results[0][0][1:] != results[2][0][1:]
 
 
-def test_gr14_schemas_must_agree_and_empty_shards_are_named(tmp_path):
-    for message in run("schema", 2, tmp_path):
+def test_gr19_tensor_parallel_peers_get_the_same_batch(run):
+    results = run("tensor_peers", 4)
+    assert results[0] == results[1]
+    assert results[2] == results[3]
+    assert results[0] != results[2]
+
+
+def test_gr14_a_stale_handle_is_an_error_in_all_processes_when_strict(run):
+    for refused, unchanged in run("strict", 3):
+        assert "handles are stale, over all processes" in refused
+        assert unchanged
+
+
+def test_gr14_batch_sizes_must_agree(run):
+    for refused in run("batch_sizes", 3):
+        assert len(refused) == 2
+        assert all("the same batch_size; they ask for 3, 4, 5" in message for message in refused)
+
+
+def test_gr14_a_dead_peer_is_reported_with_the_step(tmp_path):
+    found, codes, _ = launch(["peer_dies"], 2, tmp_path)
+    assert codes == [0, 7]
+    [message] = found["peer_dies"]
+    assert "sharded table, select: process 0 of 2 got no answer from a peer" in message
+
+
+def test_gr14_schemas_must_agree_and_empty_shards_are_named(run):
+    for message in run("schema", 2):
         assert "rank 0 and rank 1 disagree on big, returns_to_go" in message
-    (tmp_path / "store").unlink(missing_ok=True)
-    assert all("table is empty" in message for message in run("empty", 2, tmp_path))
+    assert all("table is empty" in message for message in run("empty", 2))
 
 
 def test_gr14_one_process_needs_no_process_group():

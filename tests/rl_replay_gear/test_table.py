@@ -290,3 +290,9 @@ def test_table_spec_round_trips_and_refuses_nonsense(spec):
     TrajectoryTable(spec).attach(selector)
     with pytest.raises(ValueError, match="another table"):
         TrajectoryTable(spec).attach(selector)
+
+
+def test_a_table_larger_than_memory_is_refused_with_sizes():
+    spec = TableSpec((ColumnSpec("x", (1024,)),), max_steps=10**11, max_trajectories=10)
+    with pytest.raises(MemoryError, match=r"cannot map [\d.]+ GiB, free memory [\d.]+ GiB"):
+        TrajectoryTable(spec, memory="host")

@@ -93,32 +93,48 @@ for n in (5, 30, 80):
                  "actions": torch.eye(2)[torch.from_numpy(random.integers(0, 2, n))],
                  "rewards": torch.ones(n)})
 window = Window(20, 0, "head")
-def engine_of():
-    model = ns["small_model"]()
-    config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
-    return deepspeed.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.05), config=config)[0]
-def step(engine, inputs):
+def loss_of(model, inputs):
     real = inputs["attention_mask"].bool()
-    loss = torch.nn.functional.cross_entropy(
-        engine(**inputs).action_preds[real], inputs["actions"][real].argmax(-1))
-    engine.backward(loss)
-    engine.step()
-    return loss.item()
-engine = engine_of()
-loader = gear_dataloader(engine, table, Uniform(over="steps"), window, seed=2, steps_per_epoch=5)
-assert len(loader) == 5 and loader.batch_size == 8
-ours = [step(engine, decision_transformer_inputs(batch, return_scale=ns["SCALE"])) for batch in loader]
-engine, naive = engine_of(), []
-zero, one = torch.zeros(4), torch.ones(4)
+    return torch.nn.functional.cross_entropy(
+        model(**inputs).action_preds[real], inputs["actions"][real].argmax(-1))
+def through_engine(**more):
+    model = ns["small_model"]()
+    config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, **more}
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.05), config=config)[0]
+    loader = gear_dataloader(engine, table, Uniform(over="steps"), window, seed=2, steps_per_epoch=8)
+    assert len(loader) == 8 and loader.batch_size == 8
+    losses = []
+    for batch in loader:
+        loss = loss_of(engine, decision_transformer_inputs(batch, return_scale=ns["SCALE"]))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
 episodes = {h: table.read(h) for h in table.handles().tolist()}
-choices = TrajectoryLoader(table, Uniform(over="steps"), window, 8, seed=2)
-for _ in range(5):
-    chosen = next(choices)
-    inputs = ns["naive_inputs"](episodes, chosen.handles.tolist(), chosen.anchors.tolist(), zero, one)
-    naive.append(step(engine, inputs))
-assert ours != [ours[0]] * 5
+def naive_loop(clip):
+    model = ns["small_model"]()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    choices = TrajectoryLoader(table, Uniform(over="steps"), window, 8, seed=2)
+    zero, one, losses = torch.zeros(4), torch.ones(4), []
+    for _ in range(8):
+        chosen = next(choices)
+        inputs = ns["naive_inputs"](episodes, chosen.handles.tolist(), chosen.anchors.tolist(), zero, one)
+        loss = loss_of(model, inputs)
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+ours, naive = through_engine(gradient_clipping=0.0), naive_loop(None)
+assert ours != [ours[0]] * 8
 assert ours == naive, (ours, naive)
+clipped = naive_loop(1.0)
+assert clipped != naive
+# Unless told otherwise, DeepSpeed clips the gradient to norm 1.
+assert np.allclose(through_engine(), clipped, rtol=1e-6, atol=0), clipped
 print("equal", ours)
 """
 

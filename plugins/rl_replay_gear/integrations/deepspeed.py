@@ -7,9 +7,10 @@ from typing import Any
 import torch.distributed as dist
 
 from rl_replay_gear.collect import Windows
+from rl_replay_gear.layout import ParallelLayout
 from rl_replay_gear.loader import TrajectoryLoader
 from rl_replay_gear.selectors import Selector
-from rl_replay_gear.sharded import ParallelLayout, ShardedTable
+from rl_replay_gear.sharded import ShardedTable
 from rl_replay_gear.table import TrajectoryTable
 
 

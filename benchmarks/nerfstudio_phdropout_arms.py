@@ -28,10 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 
 from nerfstudio_phdropout import (  # noqa: E402
     PHDropoutConfig,
+    ause,
     ensemble_efficacy,
     fuse_by_uncertainty,
     max_dropout_ratio,
     nll,
+    spearman,
     uncertainty_metrics,
 )
 from nerfstudio_phdropout.information import (  # noqa: E402
@@ -386,16 +388,27 @@ class SplatArms:
         }
 
 
-def score(mean: Tensor, sigma: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
-    """Metrics over all views together, and the NLL that the sigma would have at its best scale."""
+def score(
+    mean: Tensor, sigma: Tensor, target: Tensor, mask: Tensor, *, plain: Tensor
+) -> dict[str, float | None]:
+    """Metrics over all views together, ``[V, h, w, 3]`` each.
+
+    Beside those of `uncertainty_metrics`, whose error is that of ``mean``: the NLL that sigma would have at
+    its best scale, and as ``plain_...`` how sigma ranks the errors of the plain image, the same for every arm.
+    """
     step = slice(None, None, SCORED)
-    m, s, t, k = (
-        x[:, step, step].cpu().reshape(len(x), -1, x.shape[-1]).float() for x in (mean, sigma, target, mask)
+    m, s, t, k, p = (
+        x[:, step, step].cpu().reshape(len(x), -1, x.shape[-1]).float()
+        for x in (mean, sigma, target, mask, plain)
     )
     found: dict[str, float] = uncertainty_metrics(m, s, t, k[..., :1])
     inside = k > 0.5
     found["nll_best_scale"] = best_nll(m, s, t)
     found["foreground_nll_best_scale"] = best_nll(m[inside], s[inside], t[inside])
+    error = (p - t).abs()
+    found["plain_ause"] = ause(error, s)
+    found["plain_foreground_ause"] = ause(error[inside], s[inside])
+    found["plain_foreground_spearman"] = spearman(error[inside], s[inside])
     return {name: value if np.isfinite(value) else None for name, value in found.items()}
 
 

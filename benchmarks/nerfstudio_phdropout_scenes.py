@@ -37,6 +37,15 @@ from benchmarks.common import RESULTS, Headline, interleaved, write_result  # no
 
 NAME = "nerfstudio_phdropout_scenes"
 KINDS = ("nerfacto", "splatfacto")
+QUOTED = (
+    "foreground_spearman",
+    "foreground_ause",
+    "ause",
+    "plain_foreground_spearman",
+    "plain_foreground_ause",
+    "foreground_nll",
+    "foreground_nll_best_scale",
+)
 # The sigma by which the two models of a scene are fused.
 FUSED = {"nerfacto": "hash entries", "splatfacto": "exact"}
 # Seconds kept at the end of the budget for timing on the quiet machine.
@@ -78,8 +87,9 @@ def judge(job: Any) -> None:
     pipeline, seconds = arms.train(job)
     measured = (arms.NerfArms if job.kind == "nerfacto" else arms.SplatArms)(job, pipeline)
     if job.member == arms.TRAINED:
-        maps = measured.trained_dropout()
-        scores = {"trained MC dropout": arms.score(*maps, measured.targets, measured.masks)}
+        maps, plain = measured.trained_dropout(), measured.plain()
+        found = arms.score(*maps, measured.targets, measured.masks, plain=plain)
+        scores = {"trained MC dropout": found}
         _write_json(job.work / f"{job.name}.json", {"training_seconds": seconds, "scores": scores})
         return
     with torch.no_grad():
@@ -115,7 +125,7 @@ def judge(job: Any) -> None:
     for name, estimate in {**first, **extra, **chosen}.items():
         with torch.no_grad():
             mean, sigma = estimate()
-        result["scores"][name] = arms.score(mean, sigma, targets, masks)
+        result["scores"][name] = arms.score(mean, sigma, targets, masks, plain=plain)
         maps[f"sigma: {name}"] = sigma[view].mean(-1).cpu().numpy()
         if name == FUSED[job.kind]:
             _save(job.work / f"{job.name}_sigma.npy", lambda path, s=sigma: np.save(path, s.cpu().numpy()))
@@ -181,7 +191,7 @@ def add_ensembles(work: Path, scene: int, kind: str, found: dict[str, Any], maps
     target, mask = torch.from_numpy(known["target"]), torch.from_numpy(known["mask"])
     kept = work / f"{kind}{scene}_ensemble{len(images)}.json"
     if not kept.exists():
-        _write_json(kept, score(mean, sigma, target, mask))
+        _write_json(kept, score(mean, sigma, target, mask, plain=stack[0]))
     found["scores"][name] = json.loads(kept.read_text())
     maps[f"sigma: {name}"] = sigma[len(sigma) * 3 // 4].mean(-1).numpy()
 
@@ -288,7 +298,7 @@ def headlines(results: dict[str, Any], samples: dict[str, list[float]]) -> list[
     for kind in KINDS:
         scores = [found["scores"] for name, found in results.items() if name.endswith(kind)]
         arms = dict.fromkeys(arm for found in scores for arm in found)
-        for metric in ("foreground_spearman", "foreground_ause", "ause", "foreground_nll_best_scale"):
+        for metric in QUOTED:
             for arm in arms:
                 values = [found[arm][metric] for found in scores if arm in found]
                 known = [value for value in values if value is not None]

@@ -156,16 +156,17 @@ def _refuse_features(vllm_config: Any) -> None:
         "dual batch overlap (enable_dbo)": getattr(parallel, "enable_dbo", False),
         "LoRA (enable_lora)": vllm_config.lora_config is not None,
         "sleep mode (enable_sleep_mode)": getattr(model, "enable_sleep_mode", False),
+        "weight reloading (weight_transfer_config)": getattr(vllm_config, "weight_transfer_config", None),
     }
     for feature, enabled in found.items():
         if enabled:
             raise NotImplementedError(f"moe_offload does not work with {feature}; disable one of the two")
     offload = getattr(vllm_config, "offload_config", None)
-    uva = getattr(offload, "uva", None)
-    if uva is not None and uva.cpu_offload_gb > 0:
-        raise NotImplementedError(
-            "moe_offload does not work with cpu_offload_gb: both would move experts; disable one of the two"
-        )
+    for part, option in (("uva", "cpu_offload_gb"), ("prefetch", "offload_group_size")):
+        if getattr(getattr(offload, part, None), option, 0) > 0:
+            raise NotImplementedError(
+                f"moe_offload does not work with {option}: both would move experts; disable one of the two"
+            )
 
 
 def _without_graphs(vllm_config: Any) -> None:
@@ -334,7 +335,7 @@ class _OffloadMixin(CopyServing):
             and parameter.shape[0] == self.local_num_experts
         }
         if not self._plain_shapes:
-            self._refuse_kernel()
+            self._refuse_kernel(tensors)
             self._plain_shapes = {name: tensor.shape for name, tensor in tensors.items()}
         return tensors
 
@@ -344,9 +345,18 @@ class _OffloadMixin(CopyServing):
         for name, tensor in tensors.items():
             parameters[name].data = tensor
 
-    def _refuse_kernel(self) -> None:
-        # On a GPU the result may depend on tiles, which only the Triton kernel lets us hold fixed.
-        if self.offload.device.type == "cuda" and not self._has_tiles:
+    def _refuse_kernel(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.offload.device.type != "cuda":
+            return
+        # Vectors over the experts are read as if they were contiguous, which those of records are not.
+        for name, tensor in tensors.items():
+            if tensor.dim() == 1:
+                raise NotImplementedError(
+                    f"moe_offload: {name} has one number an expert, which vLLM's kernel cannot read from "
+                    "slots; quantise by channel or block"
+                )
+        # The result may depend on tiles, which only the Triton kernel lets us hold fixed.
+        if not self._has_tiles:
             raise NotImplementedError(
                 f"moe_offload: results on vLLM's kernel {type(self._kernel).__name__} would depend on the "
                 "number of slots; choose --moe-backend triton"

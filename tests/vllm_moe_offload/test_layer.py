@@ -114,6 +114,22 @@ def config(**changes):
         ({"lora_config": object()}, "enable_lora"),
         ({"model_config": SimpleNamespace(enable_sleep_mode=True)}, "enable_sleep_mode"),
         ({"offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=2))}, "cpu_offload_gb"),
+        (
+            {"offload_config": SimpleNamespace(prefetch=SimpleNamespace(offload_group_size=4))},
+            "offload_group_size",
+        ),
+        ({"weight_transfer_config": object()}, "weight_transfer_config"),
+        *[
+            (
+                {
+                    "parallel_config": SimpleNamespace(
+                        enable_expert_parallel=False, enable_eplb=False, **{name: True}
+                    )
+                },
+                name,
+            )
+            for name in ("enable_dbo", "enable_elastic_ep")
+        ],
     ],
 )
 def test_features_that_break_offload_are_refused_by_name(changes, feature):
@@ -130,6 +146,17 @@ def test_monolithic_kernels_are_refused_by_name():
     layer.quant_method = RoutesItself()
     with pytest.raises(NotImplementedError, match=r"RoutesItself .*--moe-backend triton"):
         layer._refuse_monolithic()
+
+
+def test_mo13_formats_that_the_kernel_cannot_read_from_slots_are_refused_by_name():
+    layer = Layer(None)
+    layer.offload = SimpleNamespace(device=torch.device("cuda"))
+    layer._refuse_kernel({"w13_weight": torch.zeros(4, 2, 2), "w13_weight_scale": torch.zeros(4, 2, 1)})
+    with pytest.raises(NotImplementedError, match=r"w2_weight_scale has one number an expert"):
+        layer._refuse_kernel({"w13_weight": torch.zeros(4, 2, 2), "w2_weight_scale": torch.zeros(4)})
+    layer.quant_method.moe_kernel.fused_experts = object()
+    with pytest.raises(NotImplementedError, match=r"kernel object would depend .*--moe-backend triton"):
+        layer._refuse_kernel({"w13_weight": torch.zeros(4, 2, 2)})
 
 
 @pytest.mark.parametrize("prefetch", ["gate", "eam+gate"])

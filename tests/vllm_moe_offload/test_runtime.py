@@ -145,6 +145,15 @@ def test_mo02_layers_of_several_shapes_get_a_pool_each_and_share_the_budget():
     assert offload.stats()["num_slots"] == 8
 
 
+def test_too_little_host_memory_says_what_is_needed_and_there(monkeypatch):
+    def no_room(nbytes, **_):
+        raise MemoryError(f"arena: cannot map {nbytes} bytes, free memory 0.1 GiB")
+
+    monkeypatch.setattr("vllm_moe_offload.store.PinnedArena", no_room)
+    with pytest.raises(MemoryError, match=r"^moe_offload: arena: cannot map \d+ bytes, free memory 0.1 GiB"):
+        build()
+
+
 def test_mo06_the_collection_is_saved_at_the_end_and_refused_for_another_model(tmp_path):
     path = tmp_path / "eams.npz"
     offload, layers = build(eam_path=str(path))

@@ -6,6 +6,7 @@ from spe_layers.encoding import FrequencyAnnealing, PositionalEncoding, phases, 
 from spe_layers.functional import spe
 from spe_layers.layer import SPE
 from spe_layers.ntk import closed_form_ntk, empirical_ntk, gradient_flow, leave_one_out
+from spe_layers.pruning import PruneResult, prune_bands
 from spe_layers.selection import select_bands
 from spe_layers.spectrum import SpectrumReport, effective_frequencies, spectrum_report
 from spe_layers.surgery import insert_spe, swap_first_layer
@@ -17,6 +18,7 @@ __all__ = [
     "Bands",
     "FrequencyAnnealing",
     "PositionalEncoding",
+    "PruneResult",
     "SpectrumReport",
     "build_first_layer",
     "closed_form_ntk",
@@ -28,6 +30,7 @@ __all__ = [
     "leave_one_out",
     "phases",
     "positional_encoding",
+    "prune_bands",
     "select_bands",
     "spe",
     "spectrum_report",

@@ -168,7 +168,7 @@ class _Launch:
                 *grad, x, self.packed, self.unscale, self.rates, out,
                 self.points, self.units, self.packed[0].numel(), *x.stride(),
                 **self.constants, PERIOD=self.period, TERMS=self.terms, BN=tiles.points, BH=tiles.units,
-                num_warps=tiles.warps, num_stages=1,
+                num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers,
             )  # fmt: skip
 
 

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiles:
-    """Points and units of a tile, warps of a program, programs that a multiprocessor holds at once."""
+    """Points and units of a tile, warps of a program, programs that a multiprocessor holds at once.
+
+    ``registers`` caps those of a thread, where a few fewer let another program in.
+    """
 
     points: int
     units: int
     warps: int = 4
     programs: int = 1
+    registers: int | None = None
 
 
 # By kernel and products a float is made of (3 for float32, 1 for TF32 and 16 bits), up to 64 features; H100.
 TILES = {
-    ("forward", 3): Tiles(64, 128, 4, 3),
-    ("forward", 1): Tiles(64, 128, 4, 2),
+    ("forward", 3): Tiles(64, 128, 4, 3, registers=168),
+    ("forward", 1): Tiles(64, 128, 4, 3, registers=168),
     ("weight_grad", 3): Tiles(64, 128, 8, 1),
     ("weight_grad", 1): Tiles(64, 128, 8, 1),
     ("coordinate_grad", 3): Tiles(64, 64, 4),

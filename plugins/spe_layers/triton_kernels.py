@@ -28,10 +28,11 @@ _TURN_B = tl.constexpr(0.0019350051879882812)
 _TURN_C = tl.constexpr(3.0199160505617e-07)
 _SIGN = tl.constexpr(-(2**31))
 # Exponents (biased by 127, as stored): of 2^14, up to which features are used as they are; of the largest
-# weight and gradient after scaling; and the least from which a scale is taken, so that it stays finite.
+# weight and gradient after scaling; and the least from which scales are taken, so that they stay finite.
 _FEATURE_LIMIT = tl.constexpr(141)
 _TARGET = tl.constexpr(13)
-_LEAST = tl.constexpr(50)
+_LEAST_WEIGHT = tl.constexpr(14)
+_LEAST_GRADIENT = tl.constexpr(50)
 
 
 @triton.jit
@@ -45,16 +46,6 @@ def _sine_quarter(v):
 
 
 @triton.jit
-def _cosine_quarter(v):
-    """cos(2 pi v) for \\|v\\| <= 1/4, likewise; error 5e-8."""
-    s = v * v
-    p = tl.fma(s, 56.24238037337794, -85.24033131126808)
-    p = tl.fma(s, p, 64.93459062633474)
-    p = tl.fma(s, p, -19.739171434696804)
-    return tl.fma(s, p, 0.9999999534666586)
-
-
-@triton.jit
 def _with_sign(v, of):
     bits = v.to(tl.int32, bitcast=True) ^ (of.to(tl.int32, bitcast=True) & _SIGN)
     return bits.to(tl.float32, bitcast=True)
@@ -62,8 +53,9 @@ def _with_sign(v, of):
 
 @triton.jit
 def _sine(t):
-    """sin(2 pi t) for t in [-1/2, 1/2]."""
-    return _with_sign(_sine_quarter(0.25 - tl.abs(tl.abs(t) - 0.25)), t)
+    """sin(2 pi t) for t in [-1/2, 1/2]; as exact for small t as for large."""
+    a = tl.abs(t)
+    return _with_sign(_sine_quarter(tl.minimum(a, 0.5 - a)), t)
 
 
 @triton.jit
@@ -194,7 +186,7 @@ def pack_kernel(
             at = start + tl.arange(0, BLOCK)
             b = tl.load(b_ptr + at, mask=at < H, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(b)))
-    exponent = tl.minimum(tl.maximum(_exponent(largest), _LEAST), 254)
+    exponent = tl.minimum(tl.maximum(_exponent(largest), _LEAST_WEIGHT), 254)
     tl.store(unscale_ptr, _power(exponent - _TARGET) * _INV_TURN)
     units = (tl.program_id(0) * BH + tl.arange(0, BH))[:, None]
     for half in tl.static_range(2):
@@ -234,8 +226,7 @@ def forward_kernel(
         if TERMS == 3:
             z = tl.dot(c, wc_low.T, tl.dot(s, ws_low.T, z))
             z = tl.dot(c_low, wc.T, tl.dot(s_low, ws.T, z))
-        t_out = _fraction_of_turn(z, unscale * restore)
-        y = _with_sign(_cosine_quarter(tl.abs(t_out) - 0.25), t_out)
+        y = _sine(_fraction_of_turn(z, unscale * restore))
         out = y_ptr + rows.to(tl.int64)[:, None] * H + units[None, :]
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (units < H)[None, :])
 
@@ -258,7 +249,7 @@ def weight_grad_kernel(
     unit_ok = (units < H)[:, None]
     ds = tl.zeros((BH, BP), dtype=tl.float32)
     dc = tl.zeros((BH, BP), dtype=tl.float32)
-    top = tl.full((BH,), _LEAST, dtype=tl.int32)
+    top = tl.full((BH,), _LEAST_GRADIENT, dtype=tl.int32)
     for tile in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
         rows = tile * BN + tl.arange(0, BN)
         from_above = g_ptr + rows.to(tl.int64)[None, :] * H + units[:, None]
@@ -309,7 +300,7 @@ def coordinate_grad_kernel(
     c, c_low = _halves(cosines)
     ds = tl.zeros((BN, BP), dtype=tl.float32)
     dc = tl.zeros((BN, BP), dtype=tl.float32)
-    top = tl.full((BN,), _LEAST, dtype=tl.int32)
+    top = tl.full((BN,), _LEAST_GRADIENT, dtype=tl.int32)
     for start in range(0, H, BH):
         units = start + tl.arange(0, BH)
         from_above = g_ptr + rows.to(tl.int64)[:, None] * H + units[None, :]

@@ -35,6 +35,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
         (33, 2, 0, 7),
         (65, 3, 10, 256),
         (10, 16, 2, 5),
+        (40, 2, 16, 130),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
@@ -61,6 +62,57 @@ def test_sp06_scales_layouts_and_amplitudes_equal_the_twin(bands):
     layer = SPE(2, 24, bands)
     x = torch.rand(40, 2) * 2 - 1
     assert_close(outputs_and_gradients(layer, x, "triton"), outputs_and_gradients(layer, x, "eager"))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_sp06_gradients_of_any_size_keep_their_digits(size):
+    torch.manual_seed(7)
+    layer = SPE(3, 20, 4)
+    x = torch.rand(90, 3) * 2 - 1
+    grad = size * torch.randn(90, 20) * torch.logspace(-6, 0, 90)[:, None]
+    results = []
+    for backend in ("triton", "eager"):
+        layer.backend = backend
+        point = x.clone().requires_grad_()
+        results.append(torch.autograd.grad(layer(point), [point, layer.weight, layer.bias], grad))
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).abs().max() / expected.abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 300.0])
+def test_sp06_weights_of_any_size_keep_their_digits(size):
+    torch.manual_seed(8)
+    layer = SPE(2, 20, 2, dtype=torch.float64)
+    x = torch.rand(40, 2) * 2 - 1
+    with torch.no_grad():
+        layer.weight.mul_(size)
+        layer.bias.mul_(size)
+    exact = layer(x.double())
+    found = spe(x, layer.weight.float(), layer.bias.float(), layer.bands, backend="triton")
+    # A phase of some hundred radians has lost as many units in float32.
+    assert float((found - exact).abs().max() / exact.abs().max()) < 3e-7 * max(1.0, size)
+
+
+def test_sp06_large_coordinates_lose_no_more_than_float32_does():
+    torch.manual_seed(9)
+    layer = SPE(2, 20, Bands.octaves(1, scale=math.pi))
+    x = (torch.rand(70, 2) * 2 - 1) * 1e5
+    exact = torch.sin(layer.double().phase(x.double()))
+    layer.float()
+    errors = [
+        float((spe(x, layer.weight, layer.bias, layer.bands, backend=b) - exact).abs().max())
+        for b in ("triton", "eager")
+    ]
+    assert errors[0] <= 4 * errors[1]
+
+
+def test_sp06_infinite_weights_give_nan_as_plain_torch_does():
+    layer = SPE(2, 6, 2)
+    with torch.no_grad():
+        layer.weight[2, 1] = math.inf
+    x = torch.rand(5, 2) + 0.1
+    found = spe(x, layer.weight, layer.bias, layer.bands, backend="triton")
+    assert found[:, 2].isnan().all()
 
 
 def test_sp06_non_contiguous_and_batched_coordinates():

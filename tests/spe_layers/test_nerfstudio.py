@@ -22,6 +22,7 @@ from nerfstudio.data.scene_box import SceneBox  # noqa: E402
 from spe_layers import SPE, Bands, FrequencyAnnealing, positional_encoding  # noqa: E402
 from spe_layers.integrations import nerf_parts  # noqa: E402
 from spe_layers.integrations.nerfstudio import (  # noqa: E402
+    CameraDataManager,
     SPEMipNerfModel,
     SPEncoding,
     SPENerfModel,
@@ -260,6 +261,42 @@ def test_sp14_mipnerf_damps_by_the_chosen_variance(variance):
     covariance = torch.eye(3) * 1e-2
     divisor = 1.0 if variance == "exact" else (2 * math.pi) ** 2
     torch.testing.assert_close(model.field._covariance(covariance), covariance / divisor)
+
+
+@pytest.mark.parametrize(("pixel_size", "scale"), [(0.0247, 1.0), (0.002, 1.0), (0.002, math.pi), (7.0, 1.0)])
+def test_sp25_highest_octave_is_the_last_below_the_pixels_nyquist(pixel_size, scale):
+    count = nerf_parts.nyquist_octaves(pixel_size, scale)
+    frequency = Bands.octaves(count, scale=scale).max_frequency
+    if count > 1:
+        assert frequency <= 1 / (2 * pixel_size) < 2 * frequency
+    else:
+        assert 2 * frequency > 1 / (2 * pixel_size)
+
+
+def test_sp25_model_takes_bands_from_the_cameras_of_its_data_manager(scene):
+    from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+    from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+
+    manager = VanillaDataManagerConfig(
+        _target=CameraDataManager, dataparser=BlenderDataParserConfig(data=scene)
+    ).setup(device="cpu")
+    dataset = manager.train_dataset
+    config = small(bands="nyquist", annealing_steps=10)
+    model = SPENerfModel(
+        config, scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata
+    )
+    focal = 0.5 * SIZE / math.tan(0.5 * FOV)
+    expected = nerf_parts.nyquist_octaves(2.0 / focal, 1.0)
+    assert expected != config.num_bands
+    assert model.field_fine.trunk.encoding.bands == Bands.octaves(expected)
+    assert model.annealing.bands == Bands.octaves(expected)
+    with pytest.raises(ValueError, match="needs the training cameras"):
+        build(config)
+    with pytest.raises(ValueError, match="positive near_plane"):
+        SPENerfModel(
+            small(bands="nyquist", collider_params={"near_plane": 0.0, "far_plane": 6.0}),
+            scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata,
+        )  # fmt: skip
 
 
 def test_missing_nerfstudio_names_the_extra(tmp_path):

@@ -140,7 +140,7 @@ def trainer_config(job: Job) -> Any:
     config.max_num_iterations = job.steps
     config.machine.device_type, config.machine.seed = job.device, max(job.member, 0)
     # The ratio of each arm is searched later, on fewer pixels; a given one keeps the trainer from searching.
-    config.pipeline.model.phdropout = PHDropoutConfig(ratio=0.05, num_trials=job.trials)
+    config.pipeline.model.phdropout = PHDropoutConfig(ratio=0.05, num_trials=job.trials, layers="hidden")
     return config
 
 
@@ -247,7 +247,9 @@ class NerfArms:
     def trained_dropout(self) -> Maps:
         """MC dropout of a model that was trained with it."""
         self.ratios["trained MC dropout"] = TRAINED_RATIO
-        return self.dropout("trained MC dropout", PHDropoutConfig(num_trials=self.job.trials))
+        return self.dropout(
+            "trained MC dropout", PHDropoutConfig(num_trials=self.job.trials, layers="hidden")
+        )
 
     def laplace(self) -> Maps:
         """BayesRays."""
@@ -276,7 +278,7 @@ class NerfArms:
                 num_trials=trials, layers="table", mask_proposal_networks=True
             ),
             "first layers": PHDropoutConfig(num_trials=trials, layers="first"),
-            "hidden units, mask a sample": PHDropoutConfig(num_trials=trials, mask="sample"),
+            "hidden units, mask a sample": PHDropoutConfig(num_trials=trials, layers="hidden", mask="sample"),
         }
         ours = {
             name: lambda name=name, settings=settings: self.dropout(name, settings)
@@ -394,7 +396,8 @@ def score(
     """Metrics over all views together, ``[V, h, w, 3]`` each.
 
     Beside those of `uncertainty_metrics`, whose error is that of ``mean``: the NLL that sigma would have at
-    its best scale, and as ``plain_...`` how sigma ranks the errors of the plain image, the same for every arm.
+    its best scale; as ``plain_...`` how sigma ranks the errors of the plain image, one for all arms; and how
+    much larger the mean foreground sigma is on the side that training did not see.
     """
     step = slice(None, None, SCORED)
     m, s, t, k, p = (
@@ -409,6 +412,10 @@ def score(
     found["plain_ause"] = ause(error, s)
     found["plain_foreground_ause"] = ause(error[inside], s[inside])
     found["plain_foreground_spearman"] = spearman(error[inside], s[inside])
+    # Views go round the orbit and training saw its first half.
+    half = len(s) // 2
+    seen, unseen = float(s[:half][inside[:half]].mean()), float(s[half:][inside[half:]].mean())
+    found["unseen_over_seen"] = unseen / max(seen, 1e-12)
     return {name: value if np.isfinite(value) else None for name, value in found.items()}
 
 

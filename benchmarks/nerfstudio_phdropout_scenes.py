@@ -45,6 +45,7 @@ QUOTED = (
     "plain_foreground_ause",
     "foreground_nll",
     "foreground_nll_best_scale",
+    "unseen_over_seen",
 )
 # The sigma by which the two models of a scene are fused.
 FUSED = {"nerfacto": "hash entries", "splatfacto": "exact"}
@@ -109,6 +110,7 @@ def judge(job: Any) -> None:
     }  # fmt: skip
     result: dict[str, Any] = {
         "training_seconds": seconds,
+        "error_of_views": [float(e[k].mean()) for e, k in zip((plain - targets).abs(), masks, strict=True)],
         "psnr_of_views": [arms.psnr(a, b) for a, b in zip(plain, targets, strict=True)],
         "parameters": sum(p.numel() for p in pipeline.model.parameters()),
         "ratios": measured.ratios,
@@ -397,6 +399,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=30, help="sub-networks of NeRF arms")
     parser.add_argument("--prepare", action="store_true", help="trace the scenes and stop")
     parser.add_argument("--draw", type=Path, help="folder of saved maps: draw its sheets and stop")
+    parser.add_argument("--keep", nargs="+", default=[], help="arms on the sheets that --draw makes")
     options = parser.parse_args()
     started = time.time()
     # Processes are forked after their imports: the driver must not have been started by then.
@@ -407,7 +410,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.draw:
         for path in sorted(options.draw.glob(f"{NAME}_*.npz")):
-            draw_saved(path, options.out / f"{path.stem}.png")
+            draw_saved(
+                path, options.out / f"{path.stem}.png", tuple(f"sigma: {name}" for name in options.keep)
+            )
         return 0
     for scene in options.scenes:
         folder = options.work / f"scene{scene}_{options.resolution}"

@@ -30,9 +30,9 @@ class PHDropoutConfig:
     """Masks drawn by Monte Carlo, at least 2."""
     mask: Literal["trial", "sample"] = "trial"
     """NeRF: one mask a trial (a sub-network), or another for every 3-D sample (the authors' code)."""
-    layers: Literal["first", "hidden", "features", "table"] = "hidden"
+    layers: Literal["auto", "first", "hidden", "features", "table"] = "auto"
     """NeRF: what is dropped. ``first``, ``hidden``: units of those layers of each MLP; ``features``: outputs
-    of the hash encoding; ``table``: entries of its table."""
+    of the hash encoding; ``table``: entries of its table; ``auto``: ``table`` where there is one."""
     rescale: bool = True
     """NeRF: divide what is kept by 1 - ratio."""
     mask_proposal_networks: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +31,7 @@ from nerfstudio_phdropout.encodings import encoding_dropout
 from nerfstudio_phdropout.masks import drop_uniforms, maskable_layers, posthoc_dropout
 from nerfstudio_phdropout.metrics import uncertainty_metrics
 from nerfstudio_phdropout.moments import RenderMoments, monte_carlo_moments
+from nerfstudio_phdropout.nerfstudio_hashing import shared_lookup
 from nerfstudio_phdropout.rasterize import expected_depth_moments, rasterization, rasterization_moments
 from nerfstudio_phdropout.search import DropoutSearchResult, max_dropout_ratio
 from nerfstudio_phdropout.shared_trunk import memoized
@@ -187,6 +188,7 @@ class NeRFMixin(PHDropoutMixin):
 
     _masked_prefixes: tuple[str, ...] = ("field.",)
     _proposal_prefixes: tuple[str, ...] = ("proposal_networks.",)
+    _default_layers: str = "hidden"
     # Names of the outputs that hold colour, accumulation and depth.
     _channels: tuple[str, str, str] = ("rgb", "accumulation", "depth")
 
@@ -208,11 +210,22 @@ class NeRFMixin(PHDropoutMixin):
         """Modules whose result does not depend on the mask."""
         raise NotImplementedError
 
+    def _shared_lookups(self) -> AbstractContextManager[None]:
+        """What trials of one chunk of rays share where masks act inside the encoding."""
+        return nullcontext()
+
+    def _layers(self) -> str:
+        """What is dropped, with ``auto`` resolved."""
+        settings: PHDropoutConfig = self.config.phdropout
+        if settings.layers != "auto":
+            return settings.layers
+        return "hidden" if settings.mask == "sample" else self._default_layers
+
     @contextmanager
     def _trial(self, ratio: float, trial: int) -> Iterator[None]:
         settings: PHDropoutConfig = self.config.phdropout
         module: Any = self
-        layers: Any = settings.layers
+        layers: Any = self._layers()
         common: dict[str, Any] = {
             "seed": settings.seed, "trial": trial, "rescale": settings.rescale, "select": self._select,
         }  # fmt: skip
@@ -256,7 +269,7 @@ class NeRFMixin(PHDropoutMixin):
                     outputs = self.forward(ray_bundle=rays)  # type: ignore[attr-defined]
                 return torch.cat([outputs[name] for name in self._channels], dim=-1)
 
-            with memoized(shared):
+            with memoized(shared), self._shared_lookups():
                 parts.append(monte_carlo_moments(render, settings.num_trials, quantize=False))
         mean = torch.cat([part.mean for part in parts]).view(height, width, -1)
         variance = torch.cat([part.variance for part in parts]).view(height, width, -1)
@@ -322,14 +335,23 @@ class PHDropoutNerfactoModel(NeRFMixin, NerfactoModel):
 
     config: PHDropoutNerfactoModelConfig
 
+    _default_layers = "table"
+
     def _shared_base(self) -> list[nn.Module]:
         """What of the hash encoding and the first layer behind it comes before the first mask."""
-        if self.config.phdropout.layers == "table":
+        layers = self._layers()
+        if layers == "table":
             return []
         encoding = self.field.mlp_base.model[0]
-        if self.config.phdropout.layers == "features":
+        if layers == "features":
             return [encoding]
         return [encoding, *self._first_layers("field.mlp_base.")]
+
+    def _shared_lookups(self) -> AbstractContextManager[None]:
+        settings = self.config.phdropout
+        if self._layers() != "table" or settings.mask_proposal_networks:
+            return nullcontext()
+        return shared_lookup(self.field.mlp_base.model[0])
 
     def _shared_modules(self) -> list[nn.Module]:
         if self.config.phdropout.mask_proposal_networks:
@@ -353,6 +375,7 @@ class PHDropoutInstantNGPModel(NeRFMixin, NGPModel):
     """
 
     config: PHDropoutInstantNGPModelConfig
+    _default_layers = "table"
 
     def get_outputs(self, ray_bundle: RayBundle) -> Outputs:
         """The plain model's.

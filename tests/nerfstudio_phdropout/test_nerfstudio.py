@@ -206,7 +206,7 @@ def test_ph15_shared_trunk_gives_the_images_of_full_renders(runs):
         pipeline = load(runs(method))
         model = pipeline.model
         camera = pipeline.datamanager.eval_dataset.cameras[:1]
-        model.config.phdropout.num_trials = 4
+        model.config.phdropout.num_trials, model.config.phdropout.layers = 4, "hidden"
         shared = model.moments_for_camera(camera, 0.3)
         images = torch.stack([model.masked_rgb(camera, 0.3, trial) for trial in range(4)])
         torch.testing.assert_close(shared.mean, images.mean(0), rtol=0, atol=1e-5)
@@ -231,6 +231,22 @@ def test_ph15_trials_in_the_hash_encoding_give_the_images_of_full_renders(runs, 
     vanilla.config.phdropout.layers = layers
     with pytest.raises(ValueError, match="no hash encoding in PHDropoutVanillaModel; use layers='hidden'"):
         vanilla.masked_rgb(camera, 0.1, 0)
+
+
+def test_ph15_shared_lookups_read_what_the_encoding_reads(runs):
+    from nerfstudio_phdropout.nerfstudio_hashing import shared_lookup
+
+    encoding = load(runs("phd-nerfacto-tiny")).model.field.mlp_base.model[0]
+    torch.manual_seed(0)
+    points = torch.rand(500, 3)
+    points[:3] = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0, 1]])
+    with torch.no_grad():
+        plain = encoding(points)
+        with shared_lookup(encoding):
+            torch.testing.assert_close(encoding(points), plain, rtol=1e-5, atol=1e-7)
+            encoding.hash_table.data.mul_(2)
+            torch.testing.assert_close(encoding(points), 2 * plain, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(encoding(points), 2 * plain)
 
 
 def test_ph20_probes_of_nerfacto_are_its_derivatives(runs):

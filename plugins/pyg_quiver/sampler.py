@@ -218,7 +218,7 @@ class QuiverSampler(BaseSampler):
                 lambda seeds, times: self._sample_inputs(seeds, times, input_id),
                 num_nodes,
                 self.disjoint,
-                node_time or None,
+                node_time if isinstance(node_time, Tensor) else node_time or None,
                 NegativeSampling.cast(neg_sampling),
             )
         return self._finish(out)
@@ -257,7 +257,8 @@ class QuiverSampler(BaseSampler):
             out.row, out.col, out.edge, out.nodes_per_hop, out.edges_per_hop
         )  # fmt: skip
         if self.subgraph_type == SubgraphType.induced:
-            row, col, edge = graphs.induced(out.node, out.group)
+            sampled = Frontier(out.node, out.group)
+            row, col, edge = graphs.induced(graphs.only_type, sampled, sampled)
             nodes_per_hop = edges_per_hop = None  # type: ignore[assignment]
         target = self._output_device
         return SamplerOutput(
@@ -314,17 +315,23 @@ class QuiverSampler(BaseSampler):
         return self._typed_output(out)
 
     def _typed_output(self, out: SampledTypes) -> HeteroSamplerOutput:
-        if self.subgraph_type == SubgraphType.induced:
-            raise ValueError("subgraph_type='induced' is for homogeneous graphs; use 'directional'")
-        target = self._output_device
+        target, induced = self._output_device, self.subgraph_type == SubgraphType.induced
+        row, col, edge = out.row, out.col, out.edge
+        if induced:
+            sampled = {kind: Frontier(node, out.group[kind]) for kind, node in out.node.items()}
+            row, col, edge = {}, {}, {}
+            for kind in self.graphs.graphs:
+                row[kind], col[kind], edge[kind] = self.graphs.induced(
+                    kind, sampled[kind[2]], sampled[kind[0]]
+                )
         return HeteroSamplerOutput(
             node={kind: node.to(target) for kind, node in out.node.items()},
-            row={kind: row.to(target) for kind, row in out.row.items()},
-            col={kind: col.to(target) for kind, col in out.col.items()},
-            edge={kind: edge.to(target) for kind, edge in out.edge.items()},
+            row={kind: part.to(target) for kind, part in row.items()},
+            col={kind: part.to(target) for kind, part in col.items()},
+            edge={kind: part.to(target) for kind, part in edge.items()},
             batch={kind: group.to(target) for kind, group in out.group.items()} if self.disjoint else None,
-            num_sampled_nodes=out.nodes_per_hop,
-            num_sampled_edges=out.edges_per_hop,
+            num_sampled_nodes=None if induced else out.nodes_per_hop,
+            num_sampled_edges=None if induced else out.edges_per_hop,
         )
 
     def _hop_backend(self) -> HopBackend:

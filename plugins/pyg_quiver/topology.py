@@ -85,6 +85,16 @@ class CSCTopology(GraphStore):
         row = source[permutation].to(index_dtype or torch.int64)
         return cls(colptr, row, edge_permutation=permutation, num_src_nodes=sources)
 
+    def sorted_by(self, node_value: Tensor) -> CSCTopology:
+        """The same edges; those of each target by a value of their source, ``[num_src_nodes]``."""
+        target = torch.repeat_interleave(torch.arange(self.num_nodes, device=self.device), self.in_degree())
+        by_value = torch.argsort(node_value.to(self.device)[self.row.long()], stable=True)
+        order = by_value[torch.argsort(target[by_value], stable=True)]
+        permutation = order if self.edge_permutation is None else self.edge_permutation[order]
+        return CSCTopology(
+            self.colptr, self.row[order], edge_permutation=permutation, num_src_nodes=self.num_src_nodes
+        )
+
     @staticmethod
     def from_data(
         data: Data | HeteroData | tuple[FeatureStore, GraphStore],

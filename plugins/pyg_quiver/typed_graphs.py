@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data, FeatureStore, GraphStore, HeteroData
 
-from pyg_quiver.backends.contract import Graph
+from pyg_quiver.backends.contract import Frontier, Graph
 from pyg_quiver.topology import CSCTopology
 
 EdgeType = tuple[str, str, str]
@@ -53,25 +53,28 @@ class TypedGraphs:
             return _from_hetero_data(data, time_attr, weight_attr)
         if isinstance(data, Data):
             return _from_homogeneous_data(data, time_attr, weight_attr)
-        if time_attr is not None or weight_attr is not None:
-            raise ValueError(
-                "time_attr and weight_attr need Data or HeteroData: stores carry no edge attributes"
-            )
+        if weight_attr is not None:
+            raise ValueError("weight_attr needs Data or HeteroData: stores carry no edge attributes")
         topology = data if isinstance(data, CSCTopology) else CSCTopology.from_data(data)
-        if isinstance(topology, CSCTopology):
-            nodes = max(topology.num_nodes, topology.num_src_nodes)
-            return cls(
-                {HOMOGENEOUS: _graph(topology, nodes)}, {HOMOGENEOUS: topology.edge_permutation}, {"": nodes}
-            )
+        is_hetero = not isinstance(topology, CSCTopology)
+        by_type = topology if isinstance(topology, dict) else {HOMOGENEOUS: topology}
+        times = {} if time_attr is None else _store_times(data, time_attr)
         num_nodes: dict[str, int] = {}
-        for (source, _, target), one in topology.items():
+        for (source, _, target), one in by_type.items():
             num_nodes[source] = max(num_nodes.get(source, 0), one.num_src_nodes)
             num_nodes[target] = max(num_nodes.get(target, 0), one.num_nodes)
+        for kind, one in by_type.items():
+            if kind[0] in times:
+                by_type = {**by_type, kind: one.sorted_by(times[kind[0]])}
         return cls(
-            {kind: _graph(one, num_nodes[kind[2]]) for kind, one in topology.items()},
-            {kind: one.edge_permutation for kind, one in topology.items()},
+            {
+                kind: _graph(one, num_nodes[kind[2]], node_time=times.get(kind[0]))
+                for kind, one in by_type.items()
+            },
+            {kind: one.edge_permutation for kind, one in by_type.items()},
             num_nodes,
-            is_hetero=True,
+            times,
+            is_hetero,
         )
 
     @property
@@ -81,8 +84,8 @@ class TypedGraphs:
 
     @property
     def device(self) -> torch.device:
-        """Where samples are made: where ``colptr`` lies."""
-        return next(iter(self.graphs.values())).colptr.device
+        """Where samples are made: where ``colptr`` lies (the CPU where there are no edge types)."""
+        return next((graph.colptr.device for graph in self.graphs.values()), torch.device("cpu"))
 
     @property
     def is_temporal(self) -> bool:
@@ -137,16 +140,24 @@ class TypedGraphs:
             node_time={kind: nodes(time) for kind, time in self.node_time.items()},
         )
 
-    def induced(self, node: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All edges among sampled nodes of one group: (row, col, CSC positions), by target then position."""
-        graph = self.graphs[HOMOGENEOUS]
-        nodes = self.num_nodes[""]
+    def induced(self, kind: EdgeType, target: Frontier, source: Frontier) -> tuple[Tensor, Tensor, Tensor]:
+        """All edges of a type among sampled nodes of one group: (row, col, CSC positions), by target.
+
+        Args:
+            kind: edge type.
+            target: sampled nodes of the target type, with their groups.
+            source: sampled nodes of the source type, likewise.
+        """
+        graph, nodes, node = self.graphs[kind], self.num_nodes[kind[0]], target.node
         start = graph.colptr[node]
         count = graph.colptr[node + 1] - start
         col = torch.repeat_interleave(torch.arange(node.numel(), device=node.device), count)
         edge = torch.arange(col.numel(), device=node.device) - (count.cumsum(0) - count)[col] + start[col]
-        wanted = group[col] * nodes + graph.row[edge.to(graph.row.device)].to(node.device, torch.int64)
-        keys, order = torch.sort(group * nodes + node, stable=True)
+        if source.node.numel() == 0 or edge.numel() == 0:
+            return col[:0], col[:0], edge[:0]
+        neighbour = graph.row[edge.to(graph.row.device)].to(node.device, torch.int64)
+        wanted = target.group[col] * nodes + neighbour
+        keys, order = torch.sort(source.group * nodes + source.node, stable=True)
         at = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
         found = keys[at] == wanted
         return order[at[found]], col[found], edge[found]
@@ -159,6 +170,21 @@ def _graph(topology: CSCTopology, num_nodes: int, **times: Tensor | None) -> Gra
     if missing:
         colptr = torch.cat([colptr, colptr[-1:].expand(missing)])
     return Graph(colptr, topology.row, topology.num_src_nodes, **times)
+
+
+def _store_times(data: Any, time_attr: str) -> dict[str, Tensor]:
+    """Node times of a feature store, by node type."""
+    found = {}
+    if isinstance(data, tuple):
+        for attr in data[0].get_all_tensor_attrs():
+            if attr.attr_name == time_attr:
+                kind = "" if attr.group_name is None else attr.group_name
+                found[kind] = data[0].get_tensor(attr.group_name, attr.attr_name, None).cpu().long()
+    if not found:
+        raise ValueError(
+            f"time_attr {time_attr!r} is no attribute of the feature store (stores have no edge attributes)"
+        )
+    return found
 
 
 def _weight(store: Any, name: str | None, permutation: Tensor | None) -> Tensor | None:

@@ -12,7 +12,14 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import GraphSAGE, HeteroConv, SAGEConv
 from torch_geometric.sampler import NegativeSampling
 
-from pyg_quiver import LinkNeighborLoader, NeighborLoader, QuiverSampler, rng
+from pyg_quiver import (
+    CSCTopology,
+    LinkNeighborLoader,
+    NeighborLoader,
+    QuiverFeatureStore,
+    QuiverSampler,
+    rng,
+)
 
 pytestmark = pytest.mark.pyg
 
@@ -110,8 +117,26 @@ def test_qv15_one_type_equals_the_homogeneous_sampler(homogeneous):
 def test_qv15_missing_fanouts_and_unknown_types(hetero):
     with pytest.raises(ValueError, match="edge type"):
         QuiverSampler(hetero, {CITES: [2]})
-    with pytest.raises(ValueError, match="subgraph_type='induced' is for homogeneous graphs"):
-        next(iter(NeighborLoader(hetero, [2], "paper", batch_size=4, subgraph_type="induced")))
+
+
+def test_qv15_induced_subgraphs_hold_every_edge_among_the_sampled_nodes(hetero):
+    batch = next(iter(NeighborLoader(hetero, [3, 2], "paper", batch_size=6, subgraph_type="induced")))
+    for kind in hetero.edge_types:
+        source, target = set(batch[kind[0]].n_id.tolist()), set(batch[kind[2]].n_id.tolist())
+        edges = hetero[kind].edge_index
+        inside = [e for e, (s, t) in enumerate(edges.t().tolist()) if s in source and t in target]
+        assert sorted(batch[kind].e_id.tolist()) == inside
+        names = torch.stack(
+            [batch[kind[0]].n_id[batch[kind].edge_index[0]], batch[kind[2]].n_id[batch[kind].edge_index[1]]]
+        )
+        assert torch.equal(names, edges[:, batch[kind].e_id])
+
+
+def test_qv15_a_type_without_edges_has_links_all_the_same():
+    alone = HeteroData(paper={"num_nodes": 20})
+    links = (("paper", "paper"), torch.randint(0, 20, (2, 8)))
+    (batch,) = LinkNeighborLoader(alone, [], edge_label_index=links, batch_size=8)
+    assert batch["paper"].num_nodes == links[1].unique().numel()
 
 
 @pytest.mark.parametrize("disjoint", [False, True])
@@ -285,6 +310,30 @@ def inclusion(weights, fanout):
         for item in order:
             chance[item] += probability
     return chance
+
+
+def test_qv16_times_of_a_feature_store_and_link_batches_with_time(homogeneous):
+    data = homogeneous.clone()
+    data.time = torch.randint(0, 40, (data.num_nodes,), generator=torch.Generator().manual_seed(6))
+    store = QuiverFeatureStore()
+    for name in ("x", "time"):
+        store.put_tensor(data[name], group_name=None, attr_name=name, index=None)
+    topology = CSCTopology.from_edge_index(data.edge_index, data.num_nodes)
+    options = {"time_attr": "time", "batch_size": 30}
+    plain = next(iter(NeighborLoader(data, [3, 2], torch.arange(30), **options)))
+    stores = next(iter(NeighborLoader((store, topology), [3, 2], torch.arange(30), **options)))
+    assert torch.equal(plain.n_id, stores.n_id)
+    assert torch.equal(plain.e_id, stores.e_id)
+    links = data.edge_index[:, :20]
+    limit = data.time[links].amax(0)
+    batch = next(
+        iter(LinkNeighborLoader(data, [3], links, edge_label_time=limit, neg_sampling="triplet", **options))
+    )
+    times = data.time[batch.n_id[batch.edge_index[0]]]
+    assert batch.edge_index.size(1) > 0
+    assert (times <= limit.max()).all()
+    with pytest.raises(ValueError, match="'age' is no attribute of the feature store"):
+        QuiverSampler((store, topology), [3], time_attr="age")
 
 
 @pytest.mark.parametrize("replace", [False, True])

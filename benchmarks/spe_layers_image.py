@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from benchmarks.common import RESULTS, Headline, write_result
-from spe_layers import Bands, build_first_layer, select_bands
+from spe_layers import (
+    Bands,
+    build_first_layer,
+    closed_form_ntk,
+    leave_one_out,
+    positional_encoding,
+    select_bands,
+)
 from spe_layers.signals import image_halves
 
 WIDTH, SIZE = 64, 48
@@ -74,14 +81,28 @@ def methods(x: Tensor, y: Tensor, *, quick: bool) -> tuple[dict[str, Build], dic
     seconds = time.perf_counter() - start
     add("SPE auto (spacing)", "spe", spacing, init="calibrated")
     add("SPE auto (targets)", "spe", chosen, init="calibrated")
+    # Which part of the automatic choice is the bands, which the sine, which the scale of the phases.
+    add("PE, auto bands", "relu", chosen)
+    add("identity, auto bands", "identity", chosen)
+    for std in (0.5, 2.0):
+        add(f"SPE auto (targets), phase std {std:g}", "spe", chosen, init="calibrated", phase_std=std)
     choice = {
         "bands": chosen.num_bands,
         "amplitudes": chosen.amplitudes,
         "max_frequency": chosen.max_frequency,
         "spacing_bands": spacing.num_bands,
         "seconds": seconds,
+        "leave_one_out_by_phase_std": {std: phase_error(x, y, chosen, std) for std in (0.5, 1.0, 2.0)},
     }
     return named, choice
+
+
+def phase_error(x: Tensor, y: Tensor, bands: Bands, phase_std: float) -> float:
+    """Leave-one-out error of the kernel of SPE and one ReLU layer at this standard deviation of phases."""
+    features = positional_encoding(x.double(), bands)
+    gain = phase_std**2 * features.shape[1] / float(features.square().sum(1).mean())
+    kernel, _ = closed_form_ntk(features, features, ("sine", "relu"), width=1024, first_gain=gain)
+    return leave_one_out(kernel, y.double())
 
 
 def train(
@@ -129,7 +150,7 @@ def family(name: str) -> str:
     """The method without its setting."""
     return (
         name
-        if name.startswith("SPE auto") or "calibrated" in name
+        if "auto" in name or "calibrated" in name
         else name.split(" L=", maxsplit=1)[0].split(" ", maxsplit=1)[0]
     )
 

@@ -279,7 +279,6 @@ def main() -> None:
             (scenes, scale, arguments.device),
             workers=arguments.workers,
             budget=arguments.budget,
-            preload=["benchmarks.spe_layers_nerf", "spe_layers.integrations.nerfstudio"],
             save=partial(save, arguments),
         )
         draw(found, scenes / "0" / "test" / "r_000.png", arguments.out / "spe_layers_nerf.png")

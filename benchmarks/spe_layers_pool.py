@@ -16,7 +16,6 @@ def run_pool(
     *,
     workers: int,
     budget: float,
-    preload: Sequence[str],
     save: Callable[[dict[Any, dict[str, Any]], float], None],
 ) -> dict[Any, dict[str, Any]]:
     """Results of ``train(job, *arguments)`` for every job that fits into the budget.
@@ -26,14 +25,13 @@ def run_pool(
 
     Args:
         train: a function of a module; its results have ``seconds``.
-        preload: modules that processes import once, before they are forked; none may touch a device.
     """
     start = time.time()
     waiting, found = list(jobs), dict[Any, dict[str, Any]]()
     running: dict[Future[dict[str, Any]], Hashable] = {}
     longest = saved = 0.0
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    # Spawned, not forked: a driver that an import has started does not survive a fork.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         while waiting or running:
             if start + budget - time.time() < longest:

@@ -226,7 +226,6 @@ def main() -> None:
         (arguments.data, arguments.steps, arguments.device),
         workers=arguments.workers,
         budget=arguments.budget,
-        preload=["benchmarks.spe_layers_speech", "transformers"],
         save=partial(save, arguments),
     )
     for row in headline(found):

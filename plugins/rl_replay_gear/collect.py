@@ -48,6 +48,11 @@ class Read:
         return not self.source.is_cuda and self.source.is_pinned()
 
     @cached_property
+    def fill_words(self) -> np.ndarray:
+        """``fill`` as int64 [W], zeros if it is None."""
+        return np.zeros(self.source.shape[1], np.int64) if self.fill is None else self.fill.numpy()
+
+    @cached_property
     def _fills(self) -> dict[torch.device, Tensor]:
         return {}
 
@@ -265,18 +270,20 @@ def _gather_on_cpu(read: Read, host: Tensor, backend: Backend, out: Tensor | Non
     A run that begins ``shift`` rows early brings every step to its place; what it brings besides is padding
     and is overwritten.
     """
-    from tiered_memory import gather_rows, gather_segments
-
-    source, fill, length = read.source, read.fill, read.window.length
-    first, count, shift, _ = host
+    source, length = read.source, read.window.length
     rows, width = source.shape
-    begin = first - shift
-    inside = len(begin) > 0 and rows >= length and int(begin.min()) >= 0 and int(begin.max()) <= rows - length
-    if backend == "triton" or source.stride(0) != width or not inside:
-        return gather_segments(source, first, count, shift, length, fill=fill, out=out, backend=backend)
+    first, count, shift, _ = host.numpy()
+    begin = np.empty(len(first), np.int64)
+    low, high = loops.run_starts(first, shift, begin)
+    if backend == "triton" or source.stride(0) != width or low < 0 or high > rows - length:
+        from tiered_memory import gather_segments
+
+        return gather_segments(
+            source, host[0], host[1], host[2], length, fill=read.fill, out=out, backend=backend
+        )
+    if out is None:
+        out = torch.empty((len(first), length, width), dtype=torch.int64)
     runs = source.as_strided((rows - length + 1, length * width), (width, 1))
-    flat = None if out is None else out.view(len(first), length * width)
-    words = gather_rows(runs, begin, out=flat, backend=backend).view(len(first), length, width)
-    fill_row = np.zeros(width, np.int64) if fill is None else fill.numpy()
-    loops.fill_padding(words.numpy(), count.numpy(), shift.numpy(), fill_row)
-    return words
+    torch.index_select(runs, 0, torch.from_numpy(begin), out=out.view(len(first), length * width))
+    loops.fill_padding(out.numpy(), count, shift, read.fill_words)
+    return out

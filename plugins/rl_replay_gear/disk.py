@@ -154,6 +154,5 @@ class ColdTable:
             return rows.nbytes
 
         self.bytes_read += sum(self._pool.map(window, np.flatnonzero(count).tolist()))
-        fill = np.zeros(width, np.int64) if read.fill is None else read.fill.numpy()
-        loops.fill_padding(out.numpy(), count, shift, fill)
+        loops.fill_padding(out.numpy(), count, shift, read.fill_words)
         return out

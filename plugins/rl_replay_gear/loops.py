@@ -97,6 +97,19 @@ def window_segments(
 
 
 @njit(cache=True, nogil=True)
+def run_starts(first: np.ndarray, shift: np.ndarray, begin: np.ndarray) -> tuple[int, int]:
+    """Write ``first - shift`` and return its smallest and largest value; (0, 0) of none."""
+    if first.shape[0] == 0:
+        return 0, 0
+    low = high = first[0] - shift[0]
+    for i in range(first.shape[0]):
+        begin[i] = first[i] - shift[i]
+        low = min(low, begin[i])
+        high = max(high, begin[i])
+    return low, high
+
+
+@njit(cache=True, nogil=True)
 def fill_padding(words: np.ndarray, count: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> None:
     """Set every position of ``words`` int64 [B, L, W] outside ``shift .. shift + count`` to ``fill`` [W]."""
     for i in range(words.shape[0]):
@@ -279,6 +292,12 @@ def window_segments_numpy(
     out[3] = low
 
 
+def run_starts_numpy(first: np.ndarray, shift: np.ndarray, begin: np.ndarray) -> tuple[int, int]:
+    """The twin of ``run_starts``."""
+    np.subtract(first, shift, out=begin)
+    return (int(begin.min()), int(begin.max())) if len(begin) else (0, 0)
+
+
 def fill_padding_numpy(words: np.ndarray, count: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> None:
     """The twin of ``fill_padding``."""
     position = np.arange(words.shape[1])
@@ -300,4 +319,4 @@ if not COMPILED:
     counter_uniforms = counter_uniforms_numpy
     locate, window_segments = locate_numpy, window_segments_numpy
     uniform_anchors, make_handles = uniform_anchors_numpy, make_handles_numpy
-    fill_padding = fill_padding_numpy
+    run_starts, fill_padding = run_starts_numpy, fill_padding_numpy

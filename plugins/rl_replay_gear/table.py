@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -279,6 +280,8 @@ class TrajectoryTable:
 
     def attach(self, selector: Selector) -> None:
         """Let ``selector`` follow this table; ``select`` does it on first use."""
+        if not isinstance(selector, Selector):
+            raise TypeError(f"selector must be a Selector such as Uniform(), got {selector!r}")
         selector.attach(self)
         if selector not in self._followers():
             self._selectors = [known for known in self._selectors if known() is not None]
@@ -310,10 +313,12 @@ class TrajectoryTable:
         """
         if anchor not in ("uniform", "start", "end"):
             raise ValueError(f"anchor must be 'uniform', 'start' or 'end', got {anchor!r}")
+        if not isinstance(batch_size, Integral) or batch_size < 0:
+            raise ValueError(f"batch_size must be an integer of at least 0, got {batch_size!r}")
         if self.limiter is not None:
             self.limiter.wait_sample(batch_size)
         with self.lock:
-            if not selector.serves(self):
+            if not isinstance(selector, Selector) or not selector.serves(self):
                 self.attach(selector)
             if self.index.num_selectable == 0:
                 state = "" if self.limiter is None else f" ({self.limiter.describe()})"
@@ -385,6 +390,10 @@ class TrajectoryTable:
         """
         plan = self.plan(windows, columns)
         target = torch.device(device) if device is not None else self._home()
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(
+                f"device={str(target)!r} needs a CUDA device; leave it out for a batch on the CPU"
+            )
         with self.lock:
             slots, stale = self.index.locate(selection.handles.numpy())
             if stale:
@@ -405,6 +414,8 @@ class TrajectoryTable:
 
     def plan(self, windows: Windows, columns: Sequence[str] | None = None) -> ReadPlan:
         """The reads of a subscription; kept, since a learner asks for the same one every step."""
+        if not isinstance(windows, Window | Mapping):
+            raise TypeError(f"windows must be a Window, or one for each column by name, got {windows!r}")
         key = (
             windows if isinstance(windows, Window) else tuple(windows.items()),
             None if columns is None else tuple(columns),

@@ -45,3 +45,16 @@ def test_compiled_loops_equal_their_numpy_twins():
     loops.fill_padding_numpy(other_words, steps, shift, np.array([-1, -2]))
     assert np.array_equal(words, other_words)
     assert (words[:, :, 0] == -1).sum() == (4 - steps).sum()
+    for size in (0, 1, count):
+        one, other = np.empty((2, size), np.int64)
+        ends = loops.run_starts(steps[:size], shift[:size], one)
+        assert ends == loops.run_starts_numpy(steps[:size], shift[:size], other)
+        assert np.array_equal(one, other)
+        assert ends == ((one.min(), one.max()) if size else (0, 0))
+    for key, begin in ((0, 1), (2**64 - 1, 10**12), (12345678901234567890, 7)):
+        drawn, twin = np.empty(1000), np.empty(1000)
+        loops.counter_uniforms(np.uint64(key), begin, drawn)
+        loops.counter_uniforms_numpy(np.uint64(key), begin, twin)
+        assert np.array_equal(drawn, twin)
+        assert drawn.min() >= 0
+        assert drawn.max() < 1

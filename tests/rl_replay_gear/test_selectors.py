@@ -160,6 +160,13 @@ def test_gr05_refusals():
         Uniform(over="episodes")
     with pytest.raises(ValueError, match="anchor"):
         sparse.select(Uniform(), 3, anchor="middle")
+    with pytest.raises(TypeError, match=r"a Selector such as Uniform\(\), got <class"):
+        sparse.select(Uniform, 3)
+    for size in (-1, "3"):
+        with pytest.raises(ValueError, match="batch_size must be an integer of at least 0"):
+            sparse.select(Uniform(), size)
+    with pytest.raises(TypeError, match="windows must be a Window"):
+        sparse.collect(sparse.select(Uniform(), 3), 20)
 
 
 def test_gr05_selectors_follow_writes_removals_and_updates():

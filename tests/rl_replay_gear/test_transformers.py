@@ -82,7 +82,7 @@ import runpy, sys
 import numpy as np, torch, deepspeed
 # A C++ build of minutes, of which one process makes no use (deepspeed.comm.torch names torch itself).
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-from rl_replay_gear import TrajectoryLoader, TrajectoryTable, Uniform, Window
+from rl_replay_gear import ParallelLayout, TrajectoryLoader, TrajectoryTable, Uniform, Window
 from rl_replay_gear.integrations.deepspeed import gear_dataloader
 from rl_replay_gear.integrations.transformers import decision_transformer_inputs
 ns = runpy.run_path(sys.argv[1])
@@ -102,6 +102,8 @@ def through_engine(**more):
     config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, **more}
     engine = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(model.parameters(), 0.05), config=config)[0]
+    layout = ParallelLayout.from_deepspeed(engine)
+    assert (layout.dp_rank, layout.dp_size, layout.pp_size, layout.tp_size) == (0, 1, 1, 1)
     loader = gear_dataloader(engine, table, Uniform(over="steps"), window, seed=2, steps_per_epoch=8)
     assert len(loader) == 8 and loader.batch_size == 8
     losses = []

@@ -569,7 +569,7 @@ class PHDropoutSplatfactoModel(PHDropoutMixin, SplatfactoModel):
 
     def _refuse_unseen(self) -> None:
         """Dropping what nobody sees moves nothing: sigma would be 0 and look like certainty."""
-        if self.num_points == 0 or float(torch.sigmoid(self.opacities).max()) < ALPHA_MIN:
+        if self.num_points == 0 or float(torch.sigmoid(self.opacities.detach().max())) < ALPHA_MIN:
             raise ValueError(
                 f"none of the {self.num_points} Gaussians has an opacity of 1/255 or more, so dropout moves "
                 "nothing and sigma would be 0; train the model first"

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import math
 import statistics
 import time
 import warnings
@@ -197,6 +199,35 @@ def pictures(names: list[str], file: Path | None) -> dict[str, tuple[Tensor, Ten
     return {name: image_halves(name, SIZE) for name in names}
 
 
+def draw(result: Path, path: Path) -> None:
+    """Best setting of each family against the best fixed encoding, by picture."""
+    import matplotlib.pyplot as plt
+
+    content = json.loads(result.read_text())
+    seeds, rates = content["seeds"], len(content["learning_rates"])
+    best: dict[str, dict[str, float]] = {}
+    for key, values in content["samples"].items():
+        image, name = key.removesuffix(" (dB)").split(" ", 1)
+        mean = max(statistics.mean(values[r * seeds : (r + 1) * seeds]) for r in range(rates))
+        table = best.setdefault(image, {})
+        table[family(name)] = max(mean, table.get(family(name), -math.inf))
+    names = sorted(
+        {n for table in best.values() for n in table} - {"PE"},
+        key=lambda n: statistics.mean(table[n] - table["PE"] for table in best.values()),
+    )
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(names) + 1.2), layout="tight")
+    for image, table in best.items():
+        axes.plot([max(table[n] - table["PE"], -6) for n in names], range(len(names)), "o", label=image, ms=5)
+    axes.axvline(0, c="k", lw=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("SPE") else "normal")
+    axes.set_xlabel("dB above the best fixed encoding (PE) of its grid; clipped at -6")
+    axes.grid(axis="y", lw=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -209,7 +240,11 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", default=["camera", "astronaut", "brick", "text", "coffee"])
     parser.add_argument("--data", type=Path, help="pictures written by --save-data")
     parser.add_argument("--save-data", type=Path, help="write the pictures and stop")
+    parser.add_argument("--draw", type=Path, help="draw the stored result to this file and stop")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(arguments.out / "spe_layers_image.json", arguments.draw)
+        return
     data = pictures(arguments.images, arguments.data)
     if arguments.save_data:
         torch.save(data, arguments.save_data)

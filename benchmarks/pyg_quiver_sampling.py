@@ -2,8 +2,9 @@
 
 python benchmarks/pyg_quiver_sampling.py [--peers DIR] [--out DIR]
 
-Power-law graph of 1 M nodes and 20 M edges, fan-outs [15, 10, 5]. All arms sample the same seeds in turns;
-CPU seconds of the calling thread. DIR holds peers built for this Python and torch, where pip has none: the
+Power-law graph of 1 M nodes and 20 M edges, fan-outs [15, 10, 5], then one with the sizes of ogbn-products.
+All arms sample the same seeds in turns; CPU seconds of the calling thread.
+DIR holds peers built for this Python and torch, where pip has none: the
 package ``pyg_lib`` and torch-sparse's ``_neighbor_sample_cpu.so``. Arms of absent peers are left out,
 and it says so.
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,18 @@ from benchmarks.common import RESULTS, Headline, interleaved, write_result  # no
 from pyg_quiver import CSCTopology, QuiverSampler  # noqa: E402
 
 NODES, EDGES, FANOUTS = 1_000_000, 20_000_000, [15, 10, 5]
+PRODUCTS = (2_449_029, 123_718_280)
 REPEATS = {1: 60, 8: 40, 64: 25, 1024: 11}
 TARGETS = {1: ">= 1.7", 8: ">= 2", 64: ">= 2.7", 1024: ">= 4"}
 
 
-def power_law_graph() -> CSCTopology:
+def power_law_graph(nodes: int = NODES, edges: int = EDGES) -> CSCTopology:
     """In-degrees by a power law; sources uniform."""
     generator = np.random.default_rng(0)
-    weight = (np.arange(NODES) + 1.0) ** -0.5
-    degree = generator.multinomial(EDGES, weight / weight.sum())[generator.permutation(NODES)]
+    weight = (np.arange(nodes) + 1.0) ** -0.5
+    degree = generator.multinomial(edges, weight / weight.sum())[generator.permutation(nodes)]
     colptr = np.concatenate([[0], np.cumsum(degree)])
-    return CSCTopology(torch.from_numpy(colptr), torch.from_numpy(generator.integers(0, NODES, EDGES)))
+    return CSCTopology(torch.from_numpy(colptr), torch.from_numpy(generator.integers(0, nodes, edges)))
 
 
 def find_peers(
@@ -77,6 +80,96 @@ def edges_of(result: Any) -> int:
     return int((result.edge if hasattr(result, "edge") else result[1]).numel())
 
 
+class Measure:
+    """Collects edge rates of interleaved arms and what may be quoted of them."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[float]] = {}
+        self.headline: list[Headline] = []
+        self.edges: dict[str, int] = {}
+
+    def figure(self, what: str, values: list[float], unit: str, target: str, note: str = "10-90 %") -> None:
+        """Median with the 10th and 90th percentiles."""
+        values = sorted(values)
+        low, high = values[len(values) // 10], values[-1 - len(values) // 10]
+        self.headline.append(Headline(what, statistics.median(values), unit, low, high, target, note))
+        print(f"{what:72s} {statistics.median(values):8.2f} {unit} {target}", flush=True)
+
+    def compare(
+        self, label: str, arms: dict[str, Callable[[torch.Tensor], Any]], batch: int, repeats: int, nodes: int
+    ) -> None:
+        """One batch size: the same seeds for every arm; the first arm is ours."""
+        generator = torch.Generator().manual_seed(batch)
+        seeds = torch.randint(0, nodes, (repeats + 2, batch), generator=generator)
+        turns = dict.fromkeys(arms, 0)
+        edges: dict[str, list[int]] = {name: [] for name in arms}
+
+        def run(name: str) -> None:
+            result = arms[name](seeds[turns[name]])
+            turns[name] += 1
+            edges[name].append(edges_of(result))
+
+        seconds = interleaved(
+            {name: partial(run, name) for name in arms}, repeats=repeats, warm_up=2, clock=time.thread_time
+        )
+        rates = {
+            name: [count / value / 1e6 for count, value in zip(edges[name][2:], values, strict=True)]
+            for name, values in seconds.items()
+        }
+        ours = next(iter(arms))
+        for name, values in seconds.items():
+            self.samples[f"{label}batch {batch}: {name}"] = values
+            self.edges[f"{label}batch {batch}: {name}"] = int(statistics.mean(edges[name]))
+            target = ">= 20" if name == ours and batch == 1024 else ""
+            self.figure(f"{label}{name}, batch {batch}, one thread", rates[name], "M edges/s", target)
+        for name in list(arms)[1:]:
+            ratio = [a / b for a, b in zip(rates[ours], rates[name], strict=True)]
+            target = TARGETS[batch] if name.startswith("pyg-lib") else ""
+            if "sparse" in name and batch == 1024:
+                target = ">= 15"
+            self.figure(f"{label}{ours} / {name}, batch {batch}, one thread", ratio, "x", target)
+
+
+def power_law(measure: Measure, folder: Path | None) -> list[str]:
+    """Every batch size and arm on the graph of 20 M edges; the peers that are missing."""
+    topology = power_law_graph()
+    ours = QuiverSampler(topology, FANOUTS)
+    narrow = QuiverSampler(CSCTopology(topology.colptr, topology.row.int()), FANOUTS)
+    plain = QuiverSampler(topology, FANOUTS, backend="torch")
+    peers, missing = find_peers(folder, topology)
+    for batch, repeats in REPEATS.items():
+        arms: dict[str, Callable[[torch.Tensor], Any]] = {
+            "pyg_quiver": lambda s: ours.sample(s, key=int(s[0])),
+            "pyg_quiver, int32": lambda s: narrow.sample(s, key=int(s[0])),
+            "torch operations": lambda s: plain.sample(s, key=int(s[0])),
+            **peers,
+        }
+        measure.compare("", arms, batch, repeats, NODES)
+    two = QuiverSampler(topology, FANOUTS, num_threads=2)
+    seeds = torch.randint(0, NODES, (1024,), generator=torch.Generator().manual_seed(1))
+    walls = interleaved(
+        {
+            "one thread": lambda: ours.sample(seeds, key=1),
+            "two threads": lambda: two.sample(seeds, key=1),
+        },
+        repeats=15,
+    )
+    measure.samples |= {f"batch 1024, wall: {name}": values for name, values in walls.items()}
+    gain = [a / b for a, b in zip(walls["one thread"], walls["two threads"], strict=True)]
+    measure.figure("two threads / one thread, batch 1024", gain, "x", ">= 1.7", "wall")
+    return missing
+
+
+def products(measure: Measure, folder: Path | None) -> str:
+    """Ours and the built peers on a graph with the sizes of ogbn-products; the peers' names."""
+    large = power_law_graph(*PRODUCTS)
+    sampler = QuiverSampler(large, FANOUTS)
+    arms = {"pyg_quiver": lambda s: sampler.sample(s, key=int(s[0])), **find_peers(folder, large)[0]}
+    for batch in (1, 1024):
+        measure.compare("products sizes: ", arms, batch, REPEATS[batch], large.num_nodes)
+    return ", ".join(list(arms)[1:])
+
+
 def main() -> None:
     """Measure all batch sizes."""
     parser = argparse.ArgumentParser(
@@ -86,95 +179,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    topology = power_law_graph()
-    narrow = CSCTopology(topology.colptr, topology.row.int())
-    ours = QuiverSampler(topology, FANOUTS)
-    ours_narrow = QuiverSampler(narrow, FANOUTS)
-    two_threads = QuiverSampler(topology, FANOUTS, num_threads=2)
-    plain = QuiverSampler(topology, FANOUTS, backend="torch")
-    peers, missing = find_peers(options.peers, topology)
-    samples: dict[str, list[float]] = {}
-    headline: list[Headline] = []
-    counts: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(1)
-    for batch, repeats in REPEATS.items():
-        seeds = torch.randint(0, NODES, (repeats + 8, batch), generator=generator)
-        arms: dict[str, Callable[[torch.Tensor], Any]] = {
-            "pyg_quiver": lambda s: ours.sample(s, key=int(s[0])),
-            "pyg_quiver, int32": lambda s: ours_narrow.sample(s, key=int(s[0])),
-            "torch operations": lambda s: plain.sample(s, key=int(s[0])),
-            **peers,
-        }
-        turns = dict.fromkeys(arms, 0)
-        edges: dict[str, list[int]] = {name: [] for name in arms}
-
-        def run(name: str, arms=arms, turns=turns, edges=edges, seeds=seeds) -> None:
-            result = arms[name](seeds[turns[name]])
-            turns[name] += 1
-            edges[name].append(edges_of(result))
-
-        seconds = interleaved(
-            {name: (lambda name=name: run(name)) for name in arms}, repeats=repeats, warm_up=2,
-            clock=time.thread_time,
-        )  # fmt: skip
-        rates = {
-            name: [count / value for count, value in zip(edges[name][2:], values, strict=True)]
-            for name, values in seconds.items()
-        }
-        for name, values in seconds.items():
-            samples[f"batch {batch}: {name}"] = values
-            counts[f"batch {batch}: {name}"] = int(statistics.mean(edges[name]))
-            rate = sorted(value / 1e6 for value in rates[name])
-            aim = ">= 20" if name == "pyg_quiver" and batch == 1024 else ""
-            what = f"{name}, batch {batch}, one thread"
-            low, high = rate[len(rate) // 10], rate[-1 - len(rate) // 10]
-            headline.append(Headline(what, statistics.median(rate), "M edges/s", low, high, aim, "10-90 %"))
-            print(f"{what:50s} {statistics.median(rate):8.2f} M edges per CPU second", flush=True)
-        for name in [*peers, "torch operations"]:
-            ratio = sorted(a / b for a, b in zip(rates["pyg_quiver"], rates[name], strict=True))
-            aim = (
-                TARGETS[batch]
-                if name.startswith("pyg-lib")
-                else ">= 15"
-                if "sparse" in name and batch == 1024
-                else ""
-            )
-            low, high = ratio[len(ratio) // 10], ratio[-1 - len(ratio) // 10]
-            what = f"pyg_quiver / {name}, batch {batch}, one thread"
-            headline.append(Headline(what, statistics.median(ratio), "x", low, high, aim, "10-90 %"))
-            print(f"{what:50s} {statistics.median(ratio):8.2f} x {aim}", flush=True)
-    seeds = torch.randint(0, NODES, (1024,), generator=generator)
-    walls = interleaved(
-        {
-            "one thread": lambda: ours.sample(seeds, key=1),
-            "two threads": lambda: two_threads.sample(seeds, key=1),
-        },
-        repeats=15,
-    )
-    samples |= {f"batch 1024, wall: {name}": values for name, values in walls.items()}
-    gain = sorted(a / b for a, b in zip(walls["one thread"], walls["two threads"], strict=True))
-    headline.append(
-        Headline(
-            "two threads / one thread, batch 1024",
-            statistics.median(gain),
-            "x",
-            gain[1],
-            gain[-2],
-            ">= 1.7",
-            "wall",
-        )
-    )
-    print(f"two threads / one: {statistics.median(gain):.2f} x")
+    measure = Measure()
+    missing = power_law(measure, options.peers)
+    built = products(measure, options.peers)
     print(f"missing peers: {', '.join(missing) or 'none'}")
     path = write_result(
         "pyg_quiver_sampling",
         question="Neighbour sampling on the CPU: edges per second and core, against PyG's samplers?",
-        headline=headline,
-        samples=samples,
+        headline=measure.headline,
+        samples=measure.samples,
         folder=options.out,
-        edges=counts,
+        edges=measure.edges,
         missing_peers=missing,
-        peers="built from source with g++ -O3 by hand: " + ", ".join(peers) if peers else "none",
+        peers=f"built from source with g++ -O3 by hand: {built}" if built else "none",
     )
     print(path)
 

@@ -26,6 +26,16 @@ def test_qv01_graphsage_example_learns():
     assert accuracy[-1] > 0.6  # chance is 0.2
 
 
+def test_qv15_heterogeneous_example_learns():
+    accuracy = [float(line.split()[-1]) for line in run("pyg_quiver_heterogeneous.py").splitlines()]
+    assert accuracy[-1] > 0.6  # chance is 0.2, papers alone give about 0.4
+
+
+def test_qv15_link_prediction_example_learns():
+    area = [float(line.split()[-1]) for line in run("pyg_quiver_link_prediction.py").splitlines()]
+    assert area[-1] > 0.75  # chance is 0.5
+
+
 def test_qv11_serving_example_answers_every_request():
     out = run("pyg_quiver_serving.py")
     assert "completed=200" in out

@@ -2,13 +2,13 @@
 
     python benchmarks/vllm_moe_offload_gpu.py [--out DIR] [--layers 12] [--budget 240] [--arms plain,ours_25]
 
-Qwen3-MoE shape (hidden 2048, 128 experts of 768, top-8, bf16; 9.4 MB an expert), dummy weights, vLLM's
-default torch.compile and CUDA graphs in every arm. The router's choices come from a trace that all arms
-replay on the device, topic-local (requests keep to a topic's experts) or uniform (no structure at all), so
-that the tokens generated must be the same in all arms. One engine after the other in one process;
-`plain_again` is the control. The most important arms come first, each writes the result file, and an arm
-starts only while the budget has room for it. With `ours_25` one decode step is profiled kernel by kernel
-(timeline .json and .png).
+Qwen3-30B shape (hidden 2048, 128 experts of 768, top-8, bf16; 9.4 MB an expert) or, with --shape, a larger
+one in fewer layers, dummy weights, vLLM's default torch.compile and CUDA graphs in every arm. The router's
+choices come from a trace that all arms replay on the device, topic-local (requests keep to a topic's experts)
+or uniform (no structure at all), so that the tokens generated must be the same in all arms. One engine after
+the other in one process; `plain_again` is the control. The most important arms come first, each writes the
+result file, and an arm starts only while the budget has room for it. With `ours_25` one decode step is
+profiled kernel by kernel (timeline .json and .png).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,32 @@ import torch
 from benchmarks.common import RESULTS, Headline, write_result
 
 NAME = "vllm_moe_offload_gpu"
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
-EXPERT_NBYTES = 3 * HIDDEN * INTERMEDIATE * 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an expert layer; all layers are Qwen3's otherwise."""
+
+    hidden: int
+    intermediate: int
+    experts: int = 128
+    top_k: int = 8
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert in bf16."""
+        return 3 * self.hidden * self.intermediate * 2
+
+
+SHAPES = {
+    "qwen3_30b": Shape(2048, 768),
+    "qwen3_235b": Shape(4096, 1536),
+    "deepseek_v3": Shape(7168, 2048, experts=256),
+}
+SHAPE = SHAPES["qwen3_30b"]
 BATCHES = (1, 8, 32)
 TRACE_STEPS, TOPICS = 256, 8
-WARM_STEPS, STEPS, SECONDS = 40, 40, 1.5
+WARM_STEPS, STEPS, SECONDS, PROMPT = 40, 40, 1.5, 2000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter to try the script out
 OFF_DEVICE = 0.75
 
@@ -52,11 +74,11 @@ def routing(kind: str, layers: int, seed: int = 0) -> np.ndarray:
     rows = max(BATCHES)
     shape = (TRACE_STEPS, layers, rows)
     noise = 0.15 if kind == "topic_local" else 1.0
-    taste = rng.dirichlet(np.full(EXPERTS, 0.08), size=(TOPICS, layers))
-    share = (1 - noise) * taste[rng.integers(TOPICS, size=rows)].swapaxes(0, 1) + noise / EXPERTS
+    taste = rng.dirichlet(np.full(SHAPE.experts, 0.08), size=(TOPICS, layers))
+    share = (1 - noise) * taste[rng.integers(TOPICS, size=rows)].swapaxes(0, 1) + noise / SHAPE.experts
     # Gumbel top-k draws without replacement by the shares [layers, rows, experts].
-    score = np.log(share) + rng.gumbel(size=(*shape, EXPERTS))
-    return np.argpartition(-score, TOP_K, axis=-1)[..., :TOP_K].astype(np.int32)
+    score = np.log(share) + rng.gumbel(size=(*shape, SHAPE.experts))
+    return np.argpartition(-score, SHAPE.top_k, axis=-1)[..., : SHAPE.top_k].astype(np.int32)
 
 
 class Replayed:
@@ -68,7 +90,9 @@ class Replayed:
 
     def __init__(self, layers: int) -> None:
         self._layers, self._calls = layers, 0
-        self.table = torch.zeros(TRACE_STEPS, layers, max(BATCHES), TOP_K, dtype=torch.int32, device=DEVICE)
+        self.table = torch.zeros(
+            TRACE_STEPS, layers, max(BATCHES), SHAPE.top_k, dtype=torch.int32, device=DEVICE
+        )
         self.step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def load(self, ids: np.ndarray) -> None:
@@ -105,15 +129,15 @@ def write_config(folder: Path, layers: int) -> None:
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INTERMEDIATE,
+        "hidden_size": SHAPE.hidden,
+        "moe_intermediate_size": SHAPE.intermediate,
         "intermediate_size": 6144,
         "num_hidden_layers": layers,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "head_dim": 128,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
+        "num_experts": SHAPE.experts,
+        "num_experts_per_tok": SHAPE.top_k,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -137,7 +161,7 @@ def engine_arguments(arm: str, layers: int) -> dict[str, Any]:
         return {"additional_config": {"moe_offload": options}}
     if arm == "uva":
         experts = {"w13_weight", "w2_weight"}
-        size = OFF_DEVICE * layers * EXPERTS * EXPERT_NBYTES / 2**30
+        size = OFF_DEVICE * layers * SHAPE.experts * SHAPE.expert_nbytes / 2**30
         return {"cpu_offload_gb": size, "cpu_offload_params": experts, "offload_backend": "uva"}
     if arm == "prefetch":
         return {
@@ -201,8 +225,26 @@ def measure(llm, strategy: Replayed, batch: int, offloaded: bool) -> dict[str, A
     result = run_steps(llm, batch, STEPS, SECONDS, counters)
     if offloaded:
         result["hit_rate"] = result["hits"] / result["accesses"] if result["accesses"] else 1.0
-        result["missing_bytes_per_step"] = result["misses"] * EXPERT_NBYTES / len(result["step_ms"])
+        result["missing_bytes_per_step"] = result["misses"] * SHAPE.expert_nbytes / len(result["step_ms"])
     return result
+
+
+def prefill(llm, strategy: Replayed) -> dict[str, Any]:
+    """Milliseconds of one step over a long prompt, which needs nearly all experts of every layer."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    times, ids = [], []
+    for turn in range(4):
+        strategy.step.zero_()
+        tokens = [(turn + 31 * position) % 31000 for position in range(PROMPT)]
+        start = time.perf_counter()
+        llm.llm_engine.add_request(f"prefill-{turn}", {"prompt_token_ids": tokens}, params)
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                ids.append(list(output.outputs[0].token_ids))
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"step_ms": times[1:], "ids": ids}
 
 
 def timeline(llm, strategy: Replayed, batch: int, folder: Path) -> dict[str, Any]:
@@ -287,9 +329,9 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
         model=str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=512,
+        max_model_len=PROMPT + 500,
         max_num_seqs=max(BATCHES),
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=PROMPT + 48,
         gpu_memory_utilization=0.75,
         kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
@@ -311,6 +353,9 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
                 report[f"{kind}_{batch}"] = found
                 hits = f", hit rate {found['hit_rate']:.3f}" if offloaded else ""
                 say(f"{arm} {kind} {batch}: {statistics.median(found['step_ms']):.2f} ms{hits}")
+            if kind == "uniform":
+                report["prefill"] = prefill(llm, strategy)
+                say(f"{arm} prefill: {statistics.median(report['prefill']['step_ms']):.1f} ms")
         if arm == "ours_25" and DEVICE == "cuda":
             strategy.load(routing("topic_local", layers))
             report["timeline"] = timeline(llm, strategy, 8, out)
@@ -370,8 +415,10 @@ def headline(result: dict[str, Any]) -> list[Headline]:
             ):
                 if name in found:
                     note += f", {text} {found[name]:.3f}"
-            kind, batch = key.rsplit("_", 1)
+            kind, _, batch = key.rpartition("_")
             what = f"{kind.replace('_', '-')} routing, batch {batch}: {arm}"
+            if key == "prefill":
+                what = f"prefill of {PROMPT} tokens, uniform routing: {arm}"
             rows.append(
                 Headline(what, statistics.median(times), "ms/step", min(times), max(times), note=note)
             )
@@ -381,6 +428,7 @@ def headline(result: dict[str, Any]) -> list[Headline]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3_30b")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--budget", type=float, default=240, help="seconds")
     parser.add_argument(
@@ -388,6 +436,9 @@ def main() -> int:
         default="plain,ours_25,uva,ours_100,ours_25_eam_prefetch,ours_50,prefetch,plain_again",
     )
     arguments = parser.parse_args()
+    global SHAPE, NAME
+    if arguments.shape != "qwen3_30b":
+        SHAPE, NAME = SHAPES[arguments.shape], f"{NAME}_{arguments.shape}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
@@ -397,7 +448,12 @@ def main() -> int:
     from vllm.model_executor.model_loader import dummy_loader
 
     dummy_loader.initialize_dummy_weights = fast_dummy_weights
-    result: dict[str, Any] = {"layers": arguments.layers, "link": link(), "arms": {}}
+    result: dict[str, Any] = {
+        "shape": arguments.shape,
+        "layers": arguments.layers,
+        "link": link(),
+        "arms": {},
+    }
     say(f"link {result['link']['host_to_device'] / 1e9:.1f} GB/s")
     failed = 0
     longest = 0.0

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import vllm_moe_offload
 from tests.support.tiny_models import write_tiny_model
@@ -74,6 +80,56 @@ def test_mo03_copies_by_the_host_equal_plain_vllm_without_graphs(family):
         (report,) = vllm_moe_offload.stats(llm)
     assert report["waves"] > 0
     assert report["misses"] == report["copies"] > 0
+
+
+def write_fp8_blocks(folder: Path) -> Path:
+    """Quantise experts and attention of a tiny model in blocks of 128 x 128, as DeepSeek-V3's are."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in [
+        name for name in tensors if re.search(r"(experts\.\d+\.\w+|self_attn\.\w)_proj\.weight$", name)
+    ]:
+        weight = tensors.pop(name).float()
+        rows, columns = weight.shape
+        blocks = weight.view(rows // 128, 128, columns // 128, 128)
+        scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
+        tensors[name] = (blocks / scale).view(rows, columns).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.view(rows // 128, columns // 128).float()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mo13_experts_in_fp8_blocks_equal_plain_vllm_bitwise(tmp_path, mode):
+    folder = write_tiny_model(
+        "qwen3_moe",
+        tmp_path,
+        hidden_size=128,
+        moe_intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=EXPERTS,
+        num_experts_per_tok=4,
+    )
+    write_fp8_blocks(folder)
+    arguments = {"moe_backend": "triton", **MODES[mode]}
+    with gpu_engine(folder, **arguments) as llm:
+        plain = generate(llm, tokens=16)
+    options = {"cache_fraction": 9 / 48, "policy": "lru", "debug_checks": True}
+    with gpu_engine(folder, options, **arguments) as llm:
+        assert generate(llm, tokens=16) == plain
+        cache = vllm_moe_offload.get_cache(llm)
+        assert cache.views["w13_weight"].dtype == torch.float8_e4m3fn
+        assert any("scale" in name for name in cache.views)
+        assert vllm_moe_offload.stats(llm)[0]["misses"] > 0
 
 
 def test_mo05_tracing_under_graphs_counts_every_token_once(family):

@@ -1,0 +1,1 @@
+"""ServerlessLLM on a Ray cluster: placement by start-up time, routing, migration."""

@@ -1,0 +1,1 @@
+"""Which server a model starts on, and which instances make room."""

@@ -1,0 +1,1 @@
+"""Traces and a simulator that runs the very policies of the cluster."""

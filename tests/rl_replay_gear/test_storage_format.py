@@ -126,6 +126,22 @@ def test_gr12_truncated_altered_missing_and_foreign_files_are_refused_by_name(fi
         save_table(filled, tmp_path / "mine")
 
 
+def test_gr12_nothing_is_pickled(filled, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("pickle was used")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(f"pickle.{name}", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    save_table(filled, tmp_path)
+    for options in ({}, {"mmap": True}):
+        loaded = load_table(tmp_path, **options)
+        assert torch.equal(loaded.handles(), filled.handles())
+    opcodes = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how a pickle begins
+    assert not any(path.read_bytes().startswith(opcodes) for path in tmp_path.iterdir())
+
+
 KILLED = """
 import os, sys
 import torch

@@ -7,7 +7,7 @@ there are as many GPUs, else gloo on the CPU. Checks first that all exchanges gi
 holds the shards in rank order, and that draws follow the global weights. Then times, in turns: whole
 ``collect`` calls over an all-to-all exchange and over mapped shards, against as large a batch from the
 process's own shard; on GPUs also the gather from the peer's memory alone, against a copy over the link.
-Writes rl_replay_gear_sharded.json after every stage.
+Writes rl_replay_gear_sharded_gpu.json (or _cpu.json) after every stage.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Run:
         """Write what there is."""
         if self.rank == 0:
             write_result(
-                "rl_replay_gear_sharded",
+                f"rl_replay_gear_sharded_{'gpu' if self.gpu else 'cpu'}",
                 question="What does a table over several processes of one host cost, exchanged or mapped?",
                 headline=self.headline,
                 samples=self.samples,

@@ -6,8 +6,8 @@
 one. A synthetic chain of 17 features and 6 actions fills a table; the Hugging Face model trains on windows of
 20 from a TrajectoryLoader and, from the same initial weights, on the same windows cut by a loop over a Python
 list. Times every step: waiting for the batch (until it is on the device) and computing. Where DeepSpeed can
-be imported the same model also trains under ``deepspeed.initialize``. Writes rl_replay_gear_training.json
-after every stage.
+be imported the same model also trains under ``deepspeed.initialize``. Writes
+rl_replay_gear_training_gpu.json (or _cpu.json) after every stage.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def main() -> int:
             break
         stage()
         write_result(
-            "rl_replay_gear_training",
+            f"rl_replay_gear_training_{'gpu' if DEVICE.type == 'cuda' else 'cpu'}",
             question="Does a Decision Transformer wait for its data, and is its loss curve a naive loop's?",
             headline=headline,
             samples=samples,

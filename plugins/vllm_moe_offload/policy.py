@@ -13,6 +13,11 @@ import numpy.typing as npt
 
 Keys = Sequence[int] | npt.NDArray[np.int64]
 
+_SHARE_CLASSES = 9
+# Class of each age in passes; the last one is that of all older ages.
+_AGE_CLASS = np.searchsorted([2, 3, 4, 6, 10, 18, 34, 66], np.arange(67), side="right")
+_AGE_CLASSES = int(_AGE_CLASS[-1]) + 1
+
 
 class EvictionPolicy(ABC):
     """History of accesses plus a rank; the candidate of lowest rank is evicted, ties the oldest access.
@@ -112,27 +117,80 @@ class LeastFrequentlyUsed(EvictionPolicy):
 
 
 class ActivationAware(EvictionPolicy):
-    """MoE-Infinity: evict the least product of predicted share and layer proximity.
+    """Evict what is expected to be needed latest, by predicted activation and by recency.
 
-    ``rank[l, e] = share[l, e] * (1 - ((l - layer) mod L) / L)`` with ``layer`` the running one: an expert of
-    the layer just passed is needed again only after all others. Without a prediction the oldest access goes.
+    MoE-Infinity evicts the least product of predicted share and layer proximity. On real routing that loses
+    to LRU, since consecutive tokens share experts beyond what their request's matrix says. Here experience
+    weighs the two signals: for each class of (predicted share, passes since the last use) the policy counts
+    how often experts were used in the next pass, which gives a probability ``p``. It ranks by the expected
+    number of layers until the next use, ``ahead + L * (1 / p - 1)``, where ``ahead`` is the distance from the
+    running layer to the expert's.
     """
 
     name = "eam"
+    _PASSES_REMEMBERED = 256
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
         self._share: npt.NDArray[np.float64] | None = None
+        self._pass = 0
+        self._last_pass = np.full(num_layers * num_experts, -_AGE_CLASS.size, dtype=np.int64)
+        self._distinct = 1.0  # experts of a layer in a pass, running mean
+        self._tried = np.zeros(_SHARE_CLASSES * _AGE_CLASSES)
+        self._used = np.zeros(_SHARE_CLASSES * _AGE_CLASSES)
+        self._running: tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]] | None = None
 
     def on_layer(self, layer: int, share: npt.NDArray[np.float64] | None) -> None:  # noqa: D102
+        again = layer == self.layer and self.num_layers > 1  # a further wave of the layer that runs
+        if self._running is None or not again:
+            self._learn()
+            self._pass += layer <= self.layer
+            self._share = None if share is None else share.reshape(-1)
+            first = layer * self.num_experts
+            classes = self._classes(np.arange(first, first + self.num_experts), self._pass)[0]
+            self._running = classes, np.zeros(self.num_experts, dtype=np.bool_)
         super().on_layer(layer, share)
         self._share = None if share is None else share.reshape(-1)
 
-    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
+        super().on_accesses(keys)
+        self._last_pass[keys] = self._pass
+        if self._running is not None:
+            self._running[1][keys - self.layer * self.num_experts] = True
+
+    def _learn(self) -> None:
+        """Count what the layer that just ran used, by the classes its experts were in before."""
+        if self._running is None or not self._running[1].any():
+            return
+        classes, used = self._running
+        size = len(self._tried)
+        self._tried += np.bincount(classes, minlength=size)
+        self._used += np.bincount(classes[used], minlength=size)
+        self._distinct += (int(used.sum()) - self._distinct) / self.num_layers
+        if self._tried.sum() > self._PASSES_REMEMBERED * self.num_layers * self.num_experts:
+            self._tried /= 2
+            self._used /= 2
+
+    def _classes(
+        self, keys: npt.NDArray[np.int64], due: int | npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Class of each key in its pass ``due``, and the probability that the share alone suggests."""
         if self._share is None:
-            return np.zeros(len(keys))
-        ahead = (keys // self.num_experts - self.layer) % self.num_layers
-        return self._share[keys] * (1 - ahead / self.num_layers)
+            probability = np.full(len(keys), min(self._distinct / self.num_experts, 1.0))
+        else:
+            probability = -np.expm1(-self._share[keys] * self._distinct)
+        # The binary exponent: shares within a factor of two are one class.
+        by_share = np.clip(np.frexp(probability)[1] + _SHARE_CLASSES - 1, 0, _SHARE_CLASSES - 1)
+        by_age = _AGE_CLASS[np.minimum(due - self._last_pass[keys], _AGE_CLASS.size - 1)]
+        return by_share.astype(np.int64) * _AGE_CLASSES + by_age, probability
+
+    def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        ahead = keys // self.num_experts - self.layer
+        later = ahead <= 0  # its turn in the running pass is over
+        classes, suggested = self._classes(keys, self._pass + later)
+        # Two pass's worth of trust in the prediction until there is experience.
+        probability = (self._used[classes] + 2 * suggested) / (self._tried[classes] + 2)
+        return -(ahead + self.num_layers * (later + 1 / np.maximum(probability, 1e-6)))
 
 
 class ActivationAwareReference(EvictionPolicy):

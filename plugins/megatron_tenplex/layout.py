@@ -146,16 +146,17 @@ PRESETS: dict[str, GPTShape] = {
 
 @dataclass(frozen=True)
 class _Param:
-    """A local parameter: its key, the boxes of its row-blocks, and whether experts own it."""
+    """A local parameter: key, boxes of its row-blocks, whether experts own it, elements of padding."""
 
     key: str
     boxes: tuple[Box, ...]
     expert: bool = False
     own_bucket: bool = False
+    padding: int = 0
 
     @property
     def numel(self) -> int:
-        return sum(box.numel for box in self.boxes)
+        return sum(box.numel for box in self.boxes) + self.padding
 
 
 def _layer_tensors(shape: GPTShape) -> list[tuple[str, tuple[int, ...], int | None, bool, bool]]:
@@ -176,10 +177,12 @@ def _layer_tensors(shape: GPTShape) -> list[tuple[str, tuple[int, ...], int | No
         if shape.bias:
             rows.append((f"{layer}{name}.bias", (out,), 0 if axis == 0 else None, gated, expert))
 
-    rows += [(f"{layer}input_layernorm.{n}", (hidden,), None, False, False) for n in norm]
+    before = f"{layer}self_attention.linear_qkv.layer_norm_"  # as Megatron saves it: part of the next layer
+    rows += [(f"{before}{n}", (hidden,), None, False, False) for n in norm]
     linear("self_attention.linear_proj", hidden, hidden, 1)
     linear("self_attention.linear_qkv", qkv, hidden, 0)
-    rows += [(f"{layer}pre_mlp_layernorm.{n}", (hidden,), None, False, False) for n in norm]
+    before = f"{layer}mlp.linear_fc1.layer_norm_"
+    rows += [(f"{before}{n}", (hidden,), None, False, False) for n in norm]
     if shape.num_experts:
         rows.append((f"{layer}mlp.router.weight", (shape.num_experts, hidden), None, False, False))
         linear("mlp.experts.experts.linear_fc1", ffn_in, hidden, 0, gated=shape.gated, expert=True)
@@ -228,6 +231,8 @@ def _local_params(shape: GPTShape, parallel: ParallelConfig, rank: int) -> list[
     rows = padded // parallel.tp
     low = min(at["tp"] * rows, shape.vocab_size)
     vocab = Box((low, 0), (min((at["tp"] + 1) * rows, shape.vocab_size) - low, shape.hidden_size))
+    layer_tensors = _layer_tensors(shape)
+    padding = rows * shape.hidden_size - vocab.numel
     chunks = []
     for v in range(vpp):
         stage = v * parallel.pp + at["pp"]
@@ -235,9 +240,12 @@ def _local_params(shape: GPTShape, parallel: ParallelConfig, rank: int) -> list[
         params = []
         if first:
             alone = shape.tied and parallel.pp > 1
-            params.append(_Param("embedding.word_embeddings.weight", (vocab,), own_bucket=alone))
+            params.append(
+                _Param("embedding.word_embeddings.weight", (vocab,), own_bucket=alone, padding=padding)
+            )
         for layer in range(stage * per_stage, (stage + 1) * per_stage):
-            for key, size, axis, gated, expert in _layer_tensors(shape):
+            for key, size, axis, gated, expert in layer_tensors:
+                own_group = expert and parallel.ep > 1
                 count = shape.num_experts // parallel.ep if expert else 1
                 position = expert_at if expert else at
                 degree = etp if expert else parallel.tp
@@ -246,16 +254,20 @@ def _local_params(shape: GPTShape, parallel: ParallelConfig, rank: int) -> list[
                     lead = (layer, position["ep"] * count + e) if expert else (layer,)
                     ones = (1,) * len(lead)
                     params.append(
-                        _Param(key, tuple(Box((*lead, *b.offset), (*ones, *b.shape)) for b in boxes), expert)
+                        _Param(
+                            key, tuple(Box((*lead, *b.offset), (*ones, *b.shape)) for b in boxes), own_group
+                        )
                     )
         if last:
             for name in ("weight", "bias") if shape.norm == "LayerNorm" else ("weight",):
                 whole = Box((0,), (shape.hidden_size,))
                 params.append(_Param(f"decoder.final_layernorm.{name}", (whole,)))
             if not shape.tied:
-                params.append(_Param("output_layer.weight", (vocab,)))
+                params.append(_Param("output_layer.weight", (vocab,), padding=padding))
             elif not first:
-                params.append(_Param("embedding.word_embeddings.weight", (vocab,), own_bucket=True))
+                params.append(
+                    _Param("embedding.word_embeddings.weight", (vocab,), own_bucket=True, padding=padding)
+                )
         chunks.append(params)
     return chunks
 

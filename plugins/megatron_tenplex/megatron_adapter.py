@@ -35,6 +35,7 @@ except ImportError as error:
     ) from error
 
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_NO_OPTIONS = {"params", *_GROUP_KEYS, *(f"pre_{key}" for key in _GROUP_KEYS)}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 
@@ -315,7 +316,7 @@ def capture_common(optimizer: Any, scheduler: Any) -> dict[str, Any]:
             steps = {float(s["step"]) for s in inner.optimizer.state.values() if "step" in s}
             step = max(steps, default=0.0)
         for group in inner.optimizer.param_groups:
-            options = {k: v for k, v in group.items() if k != "params" and _is_json(v)}
+            options = {k: v for k, v in group.items() if k not in _NO_OPTIONS and _is_json(v)}
             groups.append({"identity": _identity(group), "options": options, "step": step})
     scaler = getattr(optimizer, "grad_scaler", None) if optimizer is not None else None
     return {
@@ -342,11 +343,14 @@ def merge_common(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def apply_common(optimizer: Any, scheduler: Any, common: Mapping[str, Any]) -> None:
     """Write what :func:`capture_common` read; every parameter gets its own step counter."""
     groups = {repr(group["identity"]): group for group in common["groups"]}
+    # With ep = 1 Megatron counts experts among the dense parameters: their groups differ only in that.
+    similar = {repr(_without_expert(group["identity"])): group for group in common["groups"]}
     for inner in _inner_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
-            saved = groups.get(repr(_identity(group)))
+            identity = _identity(group)
+            saved = groups.get(repr(identity)) or similar.get(repr(_without_expert(identity)))
             if saved is None:
-                raise ValueError(f"the old layout has no parameter group {_identity(group)}")
+                raise ValueError(f"the old layout has no parameter group {identity}")
             for name, value in saved["options"].items():
                 group[name] = tuple(value) if isinstance(value, list) else value
             if _steps_by_param(inner):
@@ -367,6 +371,10 @@ def apply_common(optimizer: Any, scheduler: Any, common: Mapping[str, Any]) -> N
 
 def _identity(group: Mapping[str, Any]) -> list[Any]:
     return [group.get(key, group.get(f"pre_{key}")) for key in _GROUP_KEYS]
+
+
+def _without_expert(identity: Sequence[Any]) -> list[Any]:
+    return [v for key, v in zip(_GROUP_KEYS, identity, strict=True) if key != "is_expert_parallel"]
 
 
 def _is_json(value: Any) -> bool:

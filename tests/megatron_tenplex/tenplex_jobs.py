@@ -9,7 +9,15 @@ import warnings
 
 import torch
 
-from megatron_tenplex import ParallelConfig, Reconfigurator, TensorStore, Topology, World, lower_bound
+from megatron_tenplex import (
+    ParallelConfig,
+    Reconfigurator,
+    TensorStore,
+    Topology,
+    World,
+    gpt_layout,
+    lower_bound,
+)
 from megatron_tenplex.testing import install_cpu_compat
 
 install_cpu_compat()
@@ -225,3 +233,34 @@ def resumed(store, worker, workers, job, layout, root, steps, hosts):
     )
     state = elastic.start(ParallelConfig.parse(layout))
     return state.iteration, [job.step(state, elastic.parallel) for _ in range(steps)]
+
+
+def analytic_layouts(store, worker, workers, cases):
+    """(layout, keys that differ, differing shards of rank 0) of ``gpt_layout`` against the real model."""
+    quiet()
+    world = World(store, worker, workers)
+    wrong = []
+    for job, texts in cases:
+        for text in texts:
+            elastic = Reconfigurator(job, world=world, vocab_size=job.shape.vocab_size)
+            parallel = ParallelConfig.parse(text).resolve(workers)
+            elastic.start(parallel)
+            real = elastic.target_layout()
+            guess = gpt_layout(job.shape, parallel, precision=job.precision, bucket_size=job.bucket_size)
+            keys = set(real.tensors) ^ set(guess.tensors)
+            keys |= {
+                k for k in real.tensors.keys() & guess.tensors.keys() if real.tensors[k] != guess.tensors[k]
+            }
+            elements = [
+                (rank, sorted(map(repr, pieces(a) ^ pieces(b)))[:4])
+                for rank, (a, b) in enumerate(zip(real.shards, guess.shards, strict=True))
+                if pieces(a) != pieces(b)
+            ]
+            if keys or elements:
+                wrong.append((str(job.shape), text, sorted(keys), elements[:1]))
+    return wrong
+
+
+def pieces(shards):
+    """Boxes by key: two ways to write one range are the same."""
+    return {(s.key, box) for s in shards for box in s.boxes()}

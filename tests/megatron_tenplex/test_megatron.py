@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -146,3 +147,19 @@ def test_tx10_a_failed_change_leaves_the_old_layout(how, said):
             assert max(abs(a[0] - b[0]) for a, b in zip(curve, steady, strict=True)) <= 2e-6
         if how == "memory":
             assert builds == 1  # nothing was built, nothing moved
+
+
+def test_tx16_the_analytic_layout_is_that_of_the_real_model():
+    job = partial(GPTJob, padded_vocab=True)
+    small = GPTShape(4, 32, 4, 128)
+    cases = [
+        (job(small), ["tp=4", "tp=2,pp=2", "tp=2", "pp=4", "pp=2", "dp=4"]),
+        (job(GPTShape(8, 32, 4, 128)), ["pp=4,vpp=2"]),
+        (job(small, precision="bf16"), ["tp=2", "pp=2", "dp=4"]),
+        (job(GPTShape(4, 32, 4, 130, tied=True)), ["tp=2", "pp=2", "tp=2,pp=2"]),
+        (job(GPTShape(4, 32, 4, 130)), ["tp=2", "pp=2"]),
+        (job(GATED), ["tp=2", "pp=2,tp=2", "dp=4"]),
+        (replace(TOURS["moe"][1], padded_vocab=True), ["ep=2", "ep=4", "ep=2,tp=2,etp=1", "tp=2"]),
+    ]
+    for wrong in run_world(4, jobs.analytic_layouts, cases, timeout=120):
+        assert wrong == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
 import pickle
 import signal
@@ -43,10 +45,10 @@ def run_world(num_workers: int, function: Callable[..., Any], *args: Any, timeou
     )
     with tempfile.TemporaryDirectory() as folder:
         pids = {
-            w: _fork(w, store.port, Path(folder), lambda s, w: function(s, w, num_workers, *args))
+            w: _fork(w, store.port, Path(folder), timeout, lambda s, w: function(s, w, num_workers, *args))
             for w in range(num_workers)
         }
-        failures = _wait(pids, time.monotonic() + timeout)
+        failures = _wait(pids, time.monotonic() + timeout, Path(folder))
         results: dict[int, Any] = {}
         for worker in pids:
             path = Path(folder) / str(worker)
@@ -64,13 +66,17 @@ def run_world(num_workers: int, function: Callable[..., Any], *args: Any, timeou
     return [results[worker] for worker in range(num_workers)]
 
 
-def _fork(worker: int, port: int, folder: Path, function: Callable[[dist.Store, int], Any]) -> int:
+def _fork(
+    worker: int, port: int, folder: Path, timeout: float, function: Callable[[dist.Store, int], Any]
+) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         torch.set_num_threads(1)
+        stack = open(folder / f"{worker}.stack", "w")  # noqa: SIM115 - faulthandler writes to it later
+        faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
         try:
             result = (True, function(store, worker))
@@ -81,10 +87,12 @@ def _fork(worker: int, port: int, folder: Path, function: Callable[[dist.Store, 
         temporary.write_bytes(pickle.dumps(result))
         temporary.rename(folder / str(worker))
     finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # dist_checkpointing keeps a process that would outlive us
         os._exit(code)
 
 
-def _wait(pids: dict[int, int], deadline: float) -> dict[int, str]:
+def _wait(pids: dict[int, int], deadline: float, folder: Path) -> dict[int, str]:
     failures: dict[int, str] = {}
     running = dict(pids)
     while running:
@@ -98,7 +106,8 @@ def _wait(pids: dict[int, int], deadline: float) -> dict[int, str]:
             for worker, pid in running.items():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                failures[worker] = "timeout"
+                stack = folder / f"{worker}.stack"
+                failures[worker] = f"timeout\n{stack.read_text() if stack.exists() else ''}"
             break
         time.sleep(0.02)
     return failures

@@ -1,0 +1,80 @@
+"""A worker is killed at every phase of a change: the others get a named error, and replicas take over."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+import tenplex_jobs as jobs
+
+from megatron_tenplex import GPTShape
+from megatron_tenplex.testing import WorkerFailedError, run_world
+from megatron_tenplex.testing.gpt import GPTJob
+
+pytestmark = pytest.mark.megatron
+
+JOB = GPTJob(GPTShape(4, 32, 4, 128), global_batch_size=12)
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def steady():
+    """The curve of the first layout without any failure."""
+    results = run_world(4, jobs.tour, JOB, ["tp=2,pp=2"], 8, timeout=100)
+    return [step[0] for step in results[0]["steady"]]
+
+
+@pytest.fixture(scope="module", params=["gather", "plan", "groups", "build", "move", "commit"])
+def broken(request, tmp_path_factory):
+    """What the three survivors of a kill at one phase say, and the replicas that are left."""
+    root = tmp_path_factory.mktemp(request.param)
+    with pytest.raises(WorkerFailedError) as caught:
+        run_world(4, jobs.killed, JOB, "tp=2,pp=2", "tp=4", request.param, root, STEPS, timeout=90)
+    return request.param, caught.value, root
+
+
+def test_tx10_a_killed_worker_is_a_named_error_within_30_seconds(broken):
+    phase, failure, _ = broken
+    assert failure.failures.keys() == {1}, failure
+    assert failure.failures[1] == "killed by signal 9"
+    for said, seconds in failure.results.values():
+        assert seconds < 30, phase
+        assert re.match(r"(Runtime|DistNetwork|DistStore|DistBackend|Timeout)\w*Error: ", said), said
+
+
+def test_tx14_the_survivors_resume_from_replicas_in_another_layout(broken, steady):
+    # Host 1 is gone with its worker: its state is on host 2.
+    phase, _, root = broken
+    if phase not in ("move", "commit"):
+        pytest.skip("the replicas of every phase are the same; two of them are tried")
+    results = run_world(
+        3, jobs.resumed, JOB, "tp=1,pp=1,dp=3", root, 4, ["host0", "host2", "host3"], timeout=90
+    )
+    for iteration, curve in results:
+        assert iteration == STEPS
+        assert max(abs(a[0] - b) for a, b in zip(curve, steady[STEPS:], strict=False)) <= 2e-6
+
+
+def test_tx13_a_corrupt_replica_is_left_out_and_the_other_copy_used(broken, steady):
+    phase, _, root = broken
+    if phase != "plan":
+        pytest.skip("one phase is enough")
+    for file in sorted((root / "host2").glob("*/000002/data.bin")):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    hosts = ["host0", "host1", "host2", "host3"]
+    results = run_world(4, jobs.resumed, JOB, "tp=4", root, 3, hosts, timeout=90)
+    for _, curve in results:
+        assert max(abs(a[0] - b) for a, b in zip(curve, steady[STEPS:], strict=False)) <= 2e-6
+
+
+def test_tx14_too_many_lost_hosts_are_an_error_that_names_the_range(broken):
+    phase, _, root = broken
+    if phase != "groups":
+        pytest.skip("one phase is enough")
+    with pytest.raises(WorkerFailedError) as caught:
+        run_world(1, jobs.resumed, JOB, "dp=1", root, 1, ["host0"], timeout=60)
+    assert "UncoveredRangeError: no holder for" in caught.value.failures[0]

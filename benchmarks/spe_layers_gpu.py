@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import RESULTS, Headline, write_result
-from spe_layers import SPE, Bands, positional_encoding, spe
+from spe_layers import SPE, Bands, positional_encoding, spe, spe_linear_relu
 from spe_layers import kernels as K
 from spe_layers.tiles import TILES, Tiles
 
@@ -358,7 +358,7 @@ def use_best(medians: dict[str, float]) -> dict[str, str]:
     return chosen
 
 
-def speed(mode: str, deadline: float, rounds: int, points: int = POINTS) -> dict[str, Any]:
+def speed(mode: str, deadline: float, rounds: int, points: int) -> dict[str, Any]:
     """Forward, forward + backward (parameters), forward + backward with dx; every method in every round."""
     torch.compiler.reset()
     torch.set_float32_matmul_precision("high" if mode == "tf32" else "highest")
@@ -420,6 +420,49 @@ def speed(mode: str, deadline: float, rounds: int, points: int = POINTS) -> dict
     fused = tables["forward"].get("fused", {}).get("median_ms", math.nan)
     print("memory", memory, "write GB/s of fused forward", written / fused / 1e6, flush=True)
     return {"tables": tables, "memory": memory, "output_bytes": written, "samples_ms": samples}
+
+
+def stack(rounds: int) -> dict[str, Any]:
+    """SPE, Linear 256 x 256 and ReLU in bfloat16 without gradients: one pass against two layers."""
+    torch.compiler.reset()
+    layer = SPE(DIMS, UNITS, BANDS, init="uniform", device=DEVICE)
+    linear = torch.nn.Linear(UNITS, UNITS, device=DEVICE)
+    x = torch.rand(POINTS, DIMS, device=DEVICE) * 2 - 1
+
+    def two_layers(p: torch.Tensor) -> torch.Tensor:
+        return torch.relu(linear(layer(p)))
+
+    def plain(p: torch.Tensor) -> torch.Tensor:
+        return torch.relu(linear(reference_layer(p, layer.weight, layer.bias)))
+
+    arms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "fused SPE, cuBLAS": two_layers,
+        "compile(fused SPE, cuBLAS)": torch.compile(two_layers),
+        "reference loop": plain,
+    }
+    for tiles in (Tiles(128, 256, 8), Tiles(64, 256, 8), Tiles(64, 256, 4)):
+        arms[f"stack {tiles.points} {tiles.warps}"] = partial(one_pass, layer, linear, tiles)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        exact = torch.relu(torch.nn.functional.linear(
+            SPE.forward(layer, x[:4096]).double(), linear.weight.double(), linear.bias.double()))  # fmt: skip
+        errors = {
+            name: float((arm(x[:4096]).double() - exact).square().mean().sqrt())
+            for name, arm in arms.items() if name.startswith("stack")
+        }  # fmt: skip
+        for arm in arms.values():
+            arm(x)
+        samples: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, arm in arms.items():
+                samples[name].append(time_ms(partial(arm, x), CALLS))
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    print("stack", {n: round(v, 3) for n, v in medians.items()}, errors, flush=True)
+    return {"median_ms": medians, "samples_ms": samples, "rms_error": errors}
+
+
+def one_pass(layer: SPE, linear: torch.nn.Linear, tiles: Tiles, x: torch.Tensor) -> torch.Tensor:
+    TILES["stack", 1] = tiles
+    return spe_linear_relu(x, layer, linear)
 
 
 def summarise(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -494,7 +537,19 @@ def headline(report: dict[str, Any]) -> list[Headline]:
         memory = found["memory"]
         kept = memory["fused"]["saved_bytes"] / memory["vectorised"]["saved_bytes"]
         rows.append(Headline(f"{mode}: bytes kept for backward, fused / eager", kept, "", target="0.1"))
-    return rows
+    return rows + (stack_rows(report["stack"]) if "stack" in report else [])
+
+
+def stack_rows(found: dict[str, Any]) -> list[Headline]:
+    """The best tiles of the one-pass layer against the two layers."""
+    medians = found["median_ms"]
+    mine = min((n for n in medians if n.startswith("stack")), key=medians.__getitem__)
+    return [
+        Headline(f"SPE + Linear + ReLU, bfloat16: {peer} / one pass", medians[peer] / medians[mine], "x",
+                 target="1.3" if peer == "fused SPE, cuBLAS" else "",
+                 note=f"one pass {medians[mine]:.3f} ms ({mine}), rms error {found['rms_error'][mine]:.1e}")
+        for peer in medians if not peer.startswith("stack")
+    ]  # fmt: skip
 
 
 def ratio_row(what: str, table: dict[str, dict[str, float]], peer: str, target: str) -> Headline:
@@ -549,8 +604,13 @@ def main() -> int:
     report["tiles"] = use_best(report["sweep"]["median_ms"])
     save()
     for mode in MODES:
-        report.setdefault("speed", {})[mode] = speed(mode, start + arguments.budget, arguments.rounds)
+        report.setdefault("speed", {})[mode] = speed(mode, start + arguments.budget, arguments.rounds, POINTS)
         save()
+    try:
+        report["stack"] = stack(arguments.rounds)
+        save()
+    except Exception as error:
+        print("failed stack", str(error)[-300:], flush=True)
     if time.time() < start + arguments.budget:
         report["small"] = speed("float32", start + arguments.budget, arguments.rounds, SMALL)
         save()

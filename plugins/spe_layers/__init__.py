@@ -9,6 +9,7 @@ from spe_layers.ntk import closed_form_ntk, empirical_ntk, gradient_flow, leave_
 from spe_layers.pruning import PruneResult, prune_bands
 from spe_layers.selection import select_bands
 from spe_layers.spectrum import SpectrumReport, effective_frequencies, spectrum_report
+from spe_layers.stack import spe_linear_relu
 from spe_layers.surgery import insert_spe, swap_first_layer
 from spe_layers.tcnn_config import from_tcnn_config
 
@@ -33,6 +34,7 @@ __all__ = [
     "prune_bands",
     "select_bands",
     "spe",
+    "spe_linear_relu",
     "spectrum_report",
     "swap_first_layer",
 ]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from spe_layers.bands import Bands
@@ -27,9 +28,11 @@ from spe_layers.eager import spe_eager
 from spe_layers.encoding import turn_period
 from spe_layers.tiles import LARGE_SHARED_MEMORY, SMALL_TILES, TILES, Tiles
 from spe_layers.triton_kernels import (
+    INTERPRETED,
     coordinate_grad_kernel,
     forward_kernel,
     pack_kernel,
+    stack_kernel,
     weight_grad_kernel,
 )
 
@@ -37,6 +40,7 @@ from spe_layers.triton_kernels import (
 MAX_FEATURES = 127
 MAX_COORDINATES = 16
 PACK_UNITS = 32
+STACK_UNITS = 64
 
 
 def default_terms(dtype: torch.dtype) -> int:
@@ -112,6 +116,38 @@ def launch_backward(
         if bias is not None:
             db = total[:, features].to(bias.dtype, copy=True, memory_format=torch.contiguous_format)
     return dx, dw, db
+
+
+def launch_stack(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bands: Bands,
+    following: tuple[Tensor, Tensor | None],
+    out_dtype: torch.dtype,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """relu(spe(x) W2^T + b2) [N, H2] in 16-bit ``out_dtype``; ``following`` is W2 [H2, H], b2 [H2] or None."""
+    second, shift = following
+    out = x.new_empty((x.shape[0], second.shape[0]), dtype=out_dtype)
+    if not out.numel():
+        return out
+    launch = _Launch(x, weight, bias, bands, 1)
+    tiles = launch.fit(tiles, "stack")
+    tiles = replace(tiles, units=min(tiles.units, max(16, triton.next_power_of_2(len(second)))))
+    shift = x.new_zeros(len(second)) if shift is None else shift
+    # The interpreter keeps bfloat16 as integers and multiplies those.
+    bfloat = out_dtype == torch.bfloat16 and not INTERPRETED
+    with torch.cuda.device_of(x):
+        stack_kernel[(triton.cdiv(len(x), tiles.points), triton.cdiv(len(second), tiles.units))](
+            x, launch.packed, launch.unscale, launch.rates, second.to(out_dtype).contiguous(), shift, out,
+            len(x), len(weight), len(second), *x.stride(),
+            **launch.constants, PERIOD=launch.period, DOT=tl.bfloat16 if bfloat else tl.float16,
+            BN=tiles.points, BK=STACK_UNITS, BH=tiles.units,
+            num_warps=tiles.warps, num_stages=2, maxnreg=tiles.registers,
+        )  # fmt: skip
+    return out
 
 
 class _Launch:

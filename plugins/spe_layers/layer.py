@@ -105,19 +105,19 @@ class SPE(nn.Module):
 
     def forward(self, x: Tensor, covariance: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """sin(W e(x) + b): [..., D] -> [..., H]; covariance and mask as in ``positional_encoding``."""
-        self._check(x)
+        self.check_coordinates(x)
         return spe(
             x, self.weight, self.bias, self.bands, covariance=covariance, mask=mask, backend=self.backend
         )
 
     def encode(self, x: Tensor, covariance: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """e(x): [..., D] -> [..., F]; what the reference concatenates at the skip connection."""
-        self._check(x)
+        self.check_coordinates(x)
         return positional_encoding(x, self.bands, covariance=covariance, mask=mask)
 
     def phase(self, x: Tensor, covariance: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """W e(x) + b, the argument of the sine: [..., D] -> [..., H], float32 or float64."""
-        self._check(x)
+        self.check_coordinates(x)
         check_sizes(x, self.weight, self.bias, self.bands)
         return phase_eager(x, self.weight, self.bias, self.bands, covariance=covariance, mask=mask)
 
@@ -129,7 +129,8 @@ class SPE(nn.Module):
             f"max_frequency={bands.max_frequency:.4g}, bias={self.bias is not None}, init={self.init!r}"
         )
 
-    def _check(self, x: Tensor) -> None:
+    def check_coordinates(self, x: Tensor) -> None:
+        """Refuse coordinates of another size, and NaN or infinity where the values may be looked at."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             size = x.shape[-1] if x.dim() else "a scalar"
             raise ValueError(

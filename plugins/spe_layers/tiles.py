@@ -27,6 +27,7 @@ TILES = {
     ("weight_grad", 1): Tiles(64, 128, 8, 1),
     ("coordinate_grad", 3): Tiles(64, 64, 4),
     ("coordinate_grad", 1): Tiles(64, 64, 4),
+    ("stack", 1): Tiles(128, 256, 8),
 }
 
 # For more features, or less shared memory: no kernel needs more than 96 KiB with these.

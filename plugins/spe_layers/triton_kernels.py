@@ -339,4 +339,35 @@ def coordinate_grad_kernel(
         tl.store(dx_ptr + rows.to(tl.int64) * D + d, dx, mask=rows < N)
 
 
+@triton.jit
+def stack_kernel(
+    x_ptr, packed_ptr, unscale_ptr, rate_ptr, w_ptr, b_ptr, y_ptr, N, H, H2, stride_n, stride_d,
+    P: tl.constexpr, D: tl.constexpr, PERIOD: tl.constexpr, INPUT: tl.constexpr, BIAS: tl.constexpr,
+    DOT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """y = relu(sin(e W^T + b) W2^T + b2) in 16 bits; the sines of a tile never leave the multiprocessor."""
+    cols = tl.arange(0, BP)
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    outputs = tl.program_id(1) * BH + tl.arange(0, BH)
+    unscale = tl.load(unscale_ptr)
+    rate = tl.load(rate_ptr + cols // D, mask=cols < P, other=0.0)[None, :]
+    t = _turns(x_ptr, rate, rows, N, stride_n, stride_d, P, D, PERIOD, BP)
+    sines, cosines, restore = _features(t, x_ptr, rows, N, stride_n, stride_d, P, D, INPUT, BIAS, BP)
+    s, c = sines.to(tl.float16), cosines.to(tl.float16)
+    total = tl.zeros((BN, BH), dtype=tl.float32)
+    for start in range(0, H, BK):
+        units = start + tl.arange(0, BK)
+        at = packed_ptr + units[:, None] * (2 * BP) + cols[None, :]
+        z = tl.dot(c, tl.load(at + BP).T, tl.dot(s, tl.load(at).T))
+        hidden = _sine(_fraction_of_turn(z, unscale * restore)).to(DOT)
+        # Rows of W2 beyond H2 are cut off at the store, its columns beyond H meet the sine of 0.
+        used = (outputs < H2)[:, None] & (units < H)[None, :]
+        w = tl.load(w_ptr + outputs[:, None] * H + units[None, :], mask=used, other=0.0).to(DOT)
+        total = tl.dot(hidden, w.T, total)
+    total += tl.load(b_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)[None, :]
+    out = y_ptr + rows.to(tl.int64)[:, None] * H2 + outputs[None, :]
+    y = tl.maximum(total, 0.0).to(y_ptr.dtype.element_ty)
+    tl.store(out, y, mask=(rows < N)[:, None] & (outputs < H2)[None, :])
+
+
 INTERPRETED = isinstance(forward_kernel, InterpretedFunction)

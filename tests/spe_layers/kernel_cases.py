@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spe_layers import SPE, Bands, spe
+from spe_layers import SPE, Bands, spe, spe_linear_relu
 
 
 def outputs_and_gradients(layer: SPE, x: torch.Tensor, backend: str) -> list[torch.Tensor]:
@@ -228,6 +228,31 @@ def test_sp21_gradients_are_bitwise_reproducible():
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize(("units", "outputs", "bias"), [(64, 70, True), (40, 16, False), (130, 256, True)])
+def test_sp24_stack_equals_the_two_layers(units, outputs, bias):
+    torch.manual_seed(10)
+    layer = SPE(3, units, 6, backend="triton")
+    linear = torch.nn.Linear(units, outputs, bias=bias)
+    x = torch.rand(3, 50, 3) * 2 - 1
+    found = spe_linear_relu(x, layer, linear, torch.float16)
+    layer.backend = "eager"
+    expected = torch.relu(linear(layer(x)))
+    assert found.dtype == torch.float16
+    assert found.shape == expected.shape
+    assert float((found.float() - expected).square().mean().sqrt()) < 2e-3
+    assert not found.requires_grad
+
+
+def test_sp24_stack_refuses_what_does_not_fit():
+    layer, linear = SPE(3, 8, 2, backend="triton"), torch.nn.Linear(9, 4)
+    with pytest.raises(ValueError, match="linear takes 9 features, layer gives 8"):
+        spe_linear_relu(torch.rand(2, 3), layer, linear)
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        spe_linear_relu(torch.rand(2, 3), layer, torch.nn.Linear(8, 4), torch.float32)
+    with pytest.raises(ValueError, match="coordinates of size 3"):
+        spe_linear_relu(torch.rand(2, 4), layer, torch.nn.Linear(8, 4))
 
 
 def test_fused_backend_refuses_what_it_cannot_hold():

@@ -15,7 +15,9 @@ from spe_layers import SPE
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 
-@pytest.mark.parametrize("feature", ["sp05", "sp06", "sp07", "sp08", "sp14", "sp15", "sp21", "refuses"])
+@pytest.mark.parametrize(
+    "feature", ["sp05", "sp06", "sp07", "sp08", "sp14", "sp15", "sp21", "sp24", "refuses"]
+)
 def test_sp06_sp07_sp21_fused_kernels_equal_the_twin(feature, kernel_results):
     """One child process runs all cases; each feature is judged by its own."""
     names = [name for name in kernel_results if feature in name]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from spe_layers import SPE, Bands, spe
+from spe_layers import SPE, Bands, spe, spe_linear_relu
 
 
 def formula(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, bands: int) -> np.ndarray:
@@ -222,3 +222,11 @@ def test_torch_func_works():
     slopes = torch.func.vmap(torch.func.grad(lambda p: layer(p).sum()))(x)
     point = x.clone().requires_grad_()
     torch.testing.assert_close(slopes, torch.autograd.grad(layer(point).sum(), point)[0])
+
+
+def test_sp24_stack_without_kernels_is_the_two_layers_under_autocast():
+    layer, linear = SPE(2, 16, 3), torch.nn.Linear(16, 8)
+    x = torch.rand(30, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = torch.relu(linear(layer(x)))
+    assert torch.equal(spe_linear_relu(x, layer, linear), expected)

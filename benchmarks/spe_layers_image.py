@@ -86,7 +86,7 @@ def methods(x: Tensor, y: Tensor, *, quick: bool) -> tuple[dict[str, Build], dic
     # Which part of the automatic choice is the bands, which the sine, which the scale of the phases.
     add("PE, auto bands", "relu", chosen)
     add("identity, auto bands", "identity", chosen)
-    for std in (0.5, 2.0):
+    for std in (1.4, 2.0):
         add(f"SPE auto (targets), phase std {std:g}", "spe", chosen, init="calibrated", phase_std=std)
     choice = {
         "bands": chosen.num_bands,
@@ -94,7 +94,7 @@ def methods(x: Tensor, y: Tensor, *, quick: bool) -> tuple[dict[str, Build], dic
         "max_frequency": chosen.max_frequency,
         "spacing_bands": spacing.num_bands,
         "seconds": seconds,
-        "leave_one_out_by_phase_std": {std: phase_error(x, y, chosen, std) for std in (0.5, 1.0, 2.0)},
+        "leave_one_out_by_phase_std": {std: phase_error(x, y, chosen, std) for std in (0.5, 1.0, 1.4, 2.0)},
     }
     return named, choice
 

@@ -37,6 +37,7 @@ from pyg_quiver import (  # noqa: E402
     ThresholdRouter,
     calibrate,
     fap,
+    plan_caches,
     plan_placement,
     psgs,
     seed_probability,
@@ -46,7 +47,7 @@ PRODUCTS = (2_449_029, 123_718_280, 100)  # nodes, directed edges, features
 FANOUTS = [15, 10, 5]
 PAPERS = (111_059_956, 1_615_685_872, 128)
 PAPERS_SCALE = 4  # rows and edges of the papers section are a quarter: what pins in about a minute
-SECTIONS = ("check", "sampling", "crossing", "features", "peers", "metrics", "training", "papers")
+SECTIONS = ("check", "sampling", "crossing", "features", "peers", "cache", "metrics", "training", "papers")
 REHEARSAL = "--rehearse" in sys.argv
 DEVICE = "cpu" if REHEARSAL else "cuda"
 KERNELS: Any = "torch" if REHEARSAL else "triton"  # the interpreter is too slow for these batches
@@ -277,6 +278,48 @@ def features(run: Run, setting: Setting) -> None:
     run.figure("share of reads from HBM, counted", counted, "", note=f"predicted {predicted:.3f}")
 
 
+def cache(run: Run, setting: Setting) -> None:
+    """The same bytes of GPU memory for features alone, and split between columns and features."""
+    row_bytes, p0 = setting.x.shape[1] * 4, seed_probability(setting.nodes, BATCH)
+    budget = (setting.x.nbytes + setting.topology.row.nbytes) // 10
+    bandwidth = {"local": 1.4e12, "host": 5e10}
+    plan = plan_caches(setting.topology, FANOUTS, p0, row_bytes=row_bytes, budget=budget, bandwidth=bandwidth)
+    run.found["cache"] = {
+        "budget": budget, "topology_bytes": plan.topology_bytes, "modelled_s": plan.seconds,
+        "modelled_features_only_s": plan.seconds_features_only,
+    }  # fmt: skip
+    one = DeviceTopology(torch.ones(1, 1, dtype=torch.bool))
+    hot = fap(setting.topology, FANOUTS, p0, mode="count")
+    stores = {}
+    for name, size in (("features alone", budget), ("both", plan.feature_bytes)):
+        stores[name] = QuiverFeatureStore(
+            DEVICE, plan=plan_placement(hot, row_bytes, one, device_budget=size)
+        )
+        stores[name].put_tensor(setting.x, group_name=None, attr_name="x", index=None)
+    columns = None if REHEARSAL else plan.hot_columns
+    both = QuiverSampler(
+        setting.topology, FANOUTS, mode="cpu" if REHEARSAL else "uva", backend=KERNELS, hot_columns=columns
+    )
+    seeds = [setting.seeds(BATCH, 40 + i) for i in range(4)]
+
+    def batches(sampler: QuiverSampler, store: QuiverFeatureStore) -> None:
+        for i, node in enumerate(seeds):
+            store.get_tensor(group_name=None, attr_name="x", index=sampler.sample(node, key=i).node)
+
+    arms = {
+        "both": lambda: batches(both, stores["both"]),
+        "features alone": lambda: batches(setting.uva, stores["features alone"]),
+        "both, sampling": lambda: [both.sample(node, key=i) for i, node in enumerate(seeds)],
+        "features alone, sampling": lambda: [setting.uva.sample(node, key=i) for i, node in enumerate(seeds)],
+    }
+    run.time("cache", arms, repeats=7)
+    what = "UVA sampling and rows: columns and rows cached / rows alone, equal bytes"
+    note = f"modelled {plan.seconds_features_only / plan.seconds:.2f} x"
+    run.ratio(what, "cache", "both", "features alone", target="> 1", note=note)
+    what = "UVA sampling: hot columns cached / none"
+    run.ratio(what, "cache", "both, sampling", "features alone, sampling", target="> 1")
+
+
 def metrics(run: Run, setting: Setting) -> None:
     """PSGS and FAP of three hops on the GPU."""
     there = setting.topology.to(DEVICE)
@@ -464,7 +507,7 @@ def main() -> None:
     print(f"-- graph: {time.perf_counter() - began:.1f} s", flush=True)
     simple: dict[str, Callable[[Run, Setting], Any]] = {
         "check": check, "sampling": sampling, "crossing": crossing, "metrics": metrics, "peers": peers,
-        "features": features, "training": training, "papers": papers,
+        "cache": cache, "features": features, "training": training, "papers": papers,
     }  # fmt: skip
     failed: list[str] = []
     left_out: list[str] = []

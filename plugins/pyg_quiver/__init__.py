@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyg_quiver.caches import CachePlan, plan_caches
     from pyg_quiver.feature_store import GatherStats, QuiverFeatureStore
     from pyg_quiver.loader import LinkNeighborLoader, NeighborLoader
-    from pyg_quiver.metrics import fap, psgs, seed_probability
+    from pyg_quiver.metrics import edge_reads, fap, psgs, seed_probability
     from pyg_quiver.placement import DISK, HOST, DeviceTopology, PlacementPlan, plan_placement
     from pyg_quiver.refresh import PlacementRefresher
     from pyg_quiver.rng import batch_key
@@ -30,6 +31,7 @@ __all__ = [
     "DISK",
     "HOST",
     "CSCTopology",
+    "CachePlan",
     "CalibrationProfile",
     "CostModel",
     "DeviceTopology",
@@ -48,7 +50,9 @@ __all__ = [
     "ThresholdRouter",
     "batch_key",
     "calibrate",
+    "edge_reads",
     "fap",
+    "plan_caches",
     "plan_placement",
     "psgs",
     "seed_probability",
@@ -58,6 +62,7 @@ _MODULE_OF = {
     "DISK": "placement",
     "HOST": "placement",
     "CSCTopology": "topology",
+    "CachePlan": "caches",
     "CalibrationProfile": "routing",
     "CostModel": "routing",
     "DeviceTopology": "placement",
@@ -76,7 +81,9 @@ _MODULE_OF = {
     "ThresholdRouter": "routing",
     "batch_key": "rng",
     "calibrate": "routing",
+    "edge_reads": "metrics",
     "fap": "metrics",
+    "plan_caches": "caches",
     "plan_placement": "placement",
     "psgs": "metrics",
     "seed_probability": "metrics",

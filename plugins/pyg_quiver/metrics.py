@@ -111,6 +111,30 @@ def fap(
     return (1 - missing).to(dtype)
 
 
+def edge_reads(
+    topology: CSCTopology,
+    num_neighbors: Sequence[int],
+    seed_prob: float | Tensor,
+    *,
+    backend: MetricBackend = "auto",
+) -> Tensor:
+    """Edges that one batch reads of each node's column, expected: ``sum_h a_h(v) min(degree, l)``.
+
+    ``a_h`` are the expected visits of mode "count" of :func:`fap`, whose arguments these are.
+
+    Returns:
+        float64 ``[N]`` on the topology's device.
+    """
+    numba = _use_numba(backend, topology)
+    visits = _checked_seed_prob(seed_prob, topology).double()
+    degree = topology.in_degree().double()
+    total = torch.zeros_like(visits)
+    for fanout in _checked_fanouts(num_neighbors):
+        total += visits * (degree if fanout < 0 else degree.clamp(max=fanout))
+        visits = _push(topology, visits, fanout, numba)
+    return total
+
+
 def seed_probability(num_nodes: int, batch_size: int, requests: Tensor | None = None) -> Tensor:
     """Chance of each node to be among the seeds of one batch.
 

@@ -50,6 +50,7 @@ class QuiverSampler(BaseSampler):
         backend: "numba" or "torch" on the CPU, "triton" or "torch" on the GPU; "auto" takes the first of
             them that is installed. "triton" on the CPU needs ``TRITON_INTERPRET=1``.
         num_threads: threads of one call on the CPU; more only help large batches.
+        hot_columns: int64, nodes whose edges are copied to GPU memory in mode "uva" (see ``plan_caches``).
 
     Raises:
         RuntimeError: a GPU mode without a CUDA device.
@@ -72,18 +73,21 @@ class QuiverSampler(BaseSampler):
         mode: Mode = "auto",
         backend: Backend = "auto",
         num_threads: int = 1,
+        hot_columns: Tensor | None = None,
     ) -> None:
         if temporal_strategy not in ("uniform", "last"):
             raise ValueError(f"temporal_strategy is {temporal_strategy!r}; it must be 'uniform' or 'last'")
         self.graphs = TypedGraphs.from_data(data, time_attr=time_attr, weight_attr=weight_attr)
         self.mode = _resolve_mode(mode, self.graphs.device)
         self.backend = _resolve_backend(backend, self.mode)
+        if hot_columns is not None and self.mode != "uva":
+            raise ValueError(f"hot_columns are for mode='uva', where edges are in host memory; got {mode!r}")
         if weight_attr is not None and self.backend != "numba":
             raise ImportError(f"weight_attr needs backend='numba', got {self.backend!r}: pip install numba")
         if self.mode == "gpu":
             self.graphs = self.graphs.to("cuda")
         elif self.mode == "uva":
-            self.graphs = self.graphs.to_uva("cuda")
+            self.graphs = self.graphs.to_uva("cuda", hot_columns)
         self.num_neighbors = num_neighbors
         self.replace = replace
         self.subgraph_type = SubgraphType(subgraph_type)

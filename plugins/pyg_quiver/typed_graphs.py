@@ -119,9 +119,19 @@ class TypedGraphs:
         """A copy on a device."""
         return self._map(lambda tensor: tensor.to(device), lambda tensor: tensor.to(device))
 
-    def to_uva(self, device: str) -> TypedGraphs:
-        """``colptr`` on the device; edges pinned in host memory, where kernels read them in place."""
-        return self._map(lambda tensor: tensor.to(device), lambda tensor: tensor.cpu().pin_memory())
+    def to_uva(self, device: str, hot_columns: Tensor | None = None) -> TypedGraphs:
+        """``colptr`` on the device; edges pinned in host memory, where kernels read them in place.
+
+        Args:
+            device: of the kernels.
+            hot_columns: nodes of a homogeneous graph whose columns are also copied to the device.
+        """
+        moved = self._map(lambda tensor: tensor.to(device), lambda tensor: tensor.cpu().pin_memory())
+        if hot_columns is None:
+            return moved
+        if self.is_hetero:
+            raise ValueError("hot_columns are for homogeneous graphs")
+        return replace(moved, graphs={HOMOGENEOUS: with_hot_columns(moved.graphs[HOMOGENEOUS], hot_columns)})
 
     def _map(self, nodes: Callable[[Tensor], Tensor], edges: Callable[[Tensor], Tensor]) -> TypedGraphs:
         def moved(graph: Graph) -> Graph:
@@ -161,6 +171,19 @@ class TypedGraphs:
         at = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
         found = keys[at] == wanted
         return order[at[found]], col[found], edge[found]
+
+
+def with_hot_columns(graph: Graph, columns: Tensor) -> Graph:
+    """A graph with copies of some nodes' columns where ``colptr`` lies."""
+    device, columns = graph.colptr.device, columns.cpu()
+    colptr = graph.colptr.cpu()
+    start, count = colptr[columns], colptr[columns + 1] - colptr[columns]
+    first = count.cumsum(0) - count
+    hot_start = torch.full((colptr.numel() - 1,), -1, dtype=torch.int64)
+    hot_start[columns] = first
+    edge = torch.arange(int(count.sum())) + torch.repeat_interleave(start - first, count)
+    hot_row = graph.row[edge.to(graph.row.device)]
+    return replace(graph, hot_start=hot_start.to(device), hot_row=hot_row.to(device))
 
 
 def _graph(topology: CSCTopology, num_nodes: int, **times: Tensor | None) -> Graph:

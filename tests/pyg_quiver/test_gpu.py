@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from quiver_reference import check_backend, random_edges
@@ -41,6 +43,33 @@ def test_qv05_same_bits_as_the_cpu(topology, mode, backend, replace, fanouts):
     for key, batch in ((1, 1), (2, 64), (3, 1024)):
         node = torch.randint(0, 20_000, (batch,), generator=torch.Generator().manual_seed(key))
         equal(here.sample(node, key=key), there.sample(node, key=key))
+
+
+def test_qv22_copied_columns_change_no_bit(topology):
+    hot = topology.in_degree().argsort(descending=True)[:3000]
+    here = QuiverSampler(topology, [15, 10, 5], backend="torch")
+    there = QuiverSampler(topology, [15, 10, 5], mode="uva", hot_columns=hot)
+    for key, batch in ((1, 3), (2, 700)):
+        node = torch.randint(0, 20_000, (batch,), generator=torch.Generator().manual_seed(key))
+        equal(here.sample(node, key=key), there.sample(node, key=key))
+
+
+def test_qv12_groups_replayed_from_graphs_equal_the_cpu_from_several_threads(topology):
+    here = QuiverSampler(topology, [10, 5], backend="torch", seed=3)
+    there = QuiverSampler(topology, [10, 5], mode="gpu", seed=3)
+
+    def compare(number: int) -> bool:
+        generator = torch.Generator().manual_seed(number)
+        sizes = torch.randint(1, 9, (1 + number % 20,), generator=generator)
+        group = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        node = torch.randint(0, 20_000, (len(group),), generator=generator)
+        a, b = (s.sample_groups(node, group, range(len(sizes))) for s in (here, there))
+        return all(
+            torch.equal(getattr(a, n), getattr(b, n).cpu()) for n in ("node", "row", "col", "edge", "group")
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(compare, range(60)))
 
 
 def test_qv01_loader_on_the_gpu_gives_the_batches_of_the_cpu(topology):

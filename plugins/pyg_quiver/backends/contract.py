@@ -20,6 +20,8 @@ class Graph:
         weight: float64 ``[E]`` in CSC order, for weighted draws.
         node_time: int64 ``[num_src_nodes]``; each neighbourhood is then sorted by it.
         edge_time: int64 ``[E]`` in CSC order, ascending in each neighbourhood.
+        hot_start: int64 ``[N]``, where the copy of each node's column begins in ``hot_row``; -1 without.
+        hot_row: copies of some columns in GPU memory, for graphs whose ``row`` is in host memory.
     """
 
     colptr: Tensor
@@ -28,6 +30,8 @@ class Graph:
     weight: Tensor | None = None
     node_time: Tensor | None = None
     edge_time: Tensor | None = None
+    hot_start: Tensor | None = None
+    hot_row: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,11 @@ def _plan_kernel(
 
 @triton.jit(do_not_specialize=["hop", "bound", "fanout", "num_nodes"])
 def _draw_kernel(
-    row_ptr, node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, offset_ptr, stream_ptr, group_ptr,
+    row_ptr, hot_row_ptr, hot_start_ptr,
+    node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, offset_ptr, stream_ptr, group_ptr,
     edge_ptr, col_ptr, local_ptr, slot_ptr, base_ptr, hop, bound, fanout, num_nodes,
     WIDTH: tl.constexpr, REPLACE: tl.constexpr, GROUPED: tl.constexpr, CLAIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CACHED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Draw the edges of BLOCK frontier nodes and read their sources; with CLAIM also enter those.
 
@@ -148,7 +149,13 @@ def _draw_kernel(
     keep = step[None, :] < count[:, None]
     at = tl.load(offset_ptr + i, mask=live, other=0) - count
     place = tl.load(base_ptr + hop) + at[:, None] + step[None, :]
-    source = tl.load(row_ptr + edge, mask=keep, other=0).to(tl.int64) + first_key[:, None]
+    if CACHED:
+        hot = tl.load(hot_start_ptr + v, mask=live, other=-1)[:, None]
+        near = tl.load(hot_row_ptr + hot + picks, mask=keep & (hot >= 0), other=0)
+        far = tl.load(row_ptr + edge, mask=keep & (hot < 0), other=0)
+        source = tl.where(hot >= 0, near, far).to(tl.int64) + first_key[:, None]
+    else:
+        source = tl.load(row_ptr + edge, mask=keep, other=0).to(tl.int64) + first_key[:, None]
     tl.store(edge_ptr + place, edge, mask=keep)
     tl.store(col_ptr + place, tl.broadcast_to((begin + i)[:, None], (BLOCK, WIDTH)), mask=keep)
     tl.store(local_ptr + place, source, mask=keep)
@@ -397,7 +404,7 @@ class _Batch:
             )  # fmt: skip
             torch.cumsum(self.drawn[:frontier], 0, out=offset)
             _launch_draw(
-                graph.row, (node, ends, self.start, self.degree, self.drawn, offset, self.streams, node),
+                graph, (node, ends, self.start, self.degree, self.drawn, offset, self.streams, node),
                 (self.edge, self.col, self.local, slot, base), (hop, frontier, fanout, num_nodes),
                 replace=shape.replace, grouped=grouped, claim=True,
             )  # fmt: skip
@@ -413,13 +420,14 @@ class _Batch:
 
 
 def _launch_draw(
-    row: Tensor, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int, ...],
+    graph: Graph, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int, ...],
     *, replace: bool, grouped: bool, claim: bool,
 ) -> None:  # fmt: skip
     width = _width(numbers[2])
     _launch(
-        _draw_kernel, numbers[1], max(1024 // width, 16), row, *inputs, *outputs, *numbers,
-        WIDTH=width, REPLACE=replace, GROUPED=grouped, CLAIM=claim,
+        _draw_kernel, numbers[1], max(1024 // width, 16), graph.row, graph.hot_row, graph.hot_start,
+        *inputs, *outputs, *numbers,
+        WIDTH=width, REPLACE=replace, GROUPED=grouped, CLAIM=claim, CACHED=graph.hot_row is not None,
     )  # fmt: skip
 
 
@@ -448,7 +456,7 @@ class TritonBackend:
         # One hop by itself: both tables of ends begin at this frontier.
         zeros = torch.zeros(hop + 1, dtype=torch.int64, device=device)
         _launch_draw(
-            graph.row,
+            graph,
             (frontier.node, zeros, start, degree, drawn, offset, draws.streams, frontier.group),
             (edge, col, source, zeros, zeros), (hop, size, fanout, 0),
             replace=draws.replace, grouped=True, claim=False,

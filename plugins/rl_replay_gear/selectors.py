@@ -95,6 +95,7 @@ class Drawn(Selector):
     """Selectors that draw from a law, with or without replacement."""
 
     replacement: bool
+    stratified: bool = False
     _seen: np.ndarray | None = None  # the last draw that took each slot
     _stamp = 0
 
@@ -122,10 +123,19 @@ class Drawn(Selector):
         """
         return lambda _: None
 
+    def points(self, count: int, generator: Generator | None = None) -> np.ndarray:
+        """``count`` quantiles for ``draw``: independent, or one in each of ``count`` equal strata."""
+        u = uniforms(generator, count)
+        if not self.stratified:
+            return u
+        # In random order, so that every position of a batch (and every rank) has the same law.
+        stratum = np.argsort(uniforms(generator, count), kind="stable")
+        return np.minimum((stratum + u) / count, 1.0 - 2.0**-53)
+
     def select(self, batch_size: int, generator: Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """I.i.d. draws, or successive sampling when ``replacement`` is False."""
+        """Independent or stratified draws, or successive sampling when ``replacement`` is False."""
         if self.replacement:
-            return self.draw(uniforms(generator, batch_size))
+            return self.draw(self.points(batch_size, generator))
         slots = self._successive(batch_size, lambda count: uniforms(generator, count))
         return slots, self.item_probability(slots)
 
@@ -159,13 +169,19 @@ class Uniform(Drawn):
     Args:
         over: ``"steps"`` draws a trajectory in proportion to its length.
         replacement: False draws distinct trajectories, by successive sampling.
+        stratified: A batch takes one item from each of B equal parts of the law, so that it resembles the
+            table more closely; every position of the batch still has the law.
     """
 
     def __init__(
-        self, *, over: Literal["trajectories", "steps"] = "trajectories", replacement: bool = True
+        self,
+        *,
+        over: Literal["trajectories", "steps"] = "trajectories",
+        replacement: bool = True,
+        stratified: bool = False,
     ) -> None:
         self.over = _checked_over(over)
-        self.replacement = replacement
+        self.replacement, self.stratified = _checked_manner(replacement, stratified)
         self._by_length = _LengthWeights() if over == "steps" else None
 
     def _attached(self) -> None:
@@ -240,6 +256,7 @@ class Prioritized(Drawn):
         over: ``"steps"``: every step of a trajectory has the trajectory's priority, so a trajectory is drawn
             in proportion to ``n p^alpha`` and ``P`` is the probability of the step.
         replacement: False draws distinct trajectories, by successive sampling.
+        stratified: As in ``Uniform``.
         normalize: ``max_j w_j`` over the ``"table"``, over the ``"batch"``, or None for raw weights.
         device: Where the tree of priorities lies and draws are made; a GPU pays from some 10^7 trajectories
             on. The same items are drawn, except within rounding of a boundary.
@@ -252,6 +269,7 @@ class Prioritized(Drawn):
         *,
         over: Literal["trajectories", "steps"] = "trajectories",
         replacement: bool = True,
+        stratified: bool = False,
         normalize: Literal["table", "batch"] | None = "table",
         device: torch.device | str = "cpu",
     ) -> None:
@@ -261,7 +279,7 @@ class Prioritized(Drawn):
             raise ValueError(f"normalize must be 'table', 'batch' or None, got {normalize!r}")
         self.alpha, self.beta = alpha, beta
         self.over = _checked_over(over)
-        self.replacement = replacement
+        self.replacement, self.stratified = _checked_manner(replacement, stratified)
         self.normalize = normalize
         self.device = torch.device(device)
 
@@ -371,6 +389,12 @@ def _checked_over(over: str) -> str:
     if over not in ("trajectories", "steps"):
         raise ValueError(f"over must be 'trajectories' or 'steps', got {over!r}")
     return over
+
+
+def _checked_manner(replacement: bool, stratified: bool) -> tuple[bool, bool]:
+    if stratified and not replacement:
+        raise ValueError("stratified draws are with replacement; leave one of the two out")
+    return replacement, stratified
 
 
 class _Ranked(Selector):

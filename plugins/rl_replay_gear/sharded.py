@@ -245,7 +245,7 @@ class ShardedTable:
             if masses[:, 1].sum() == 0:
                 raise RuntimeError("table is empty: write a trajectory into a shard before selecting")
             raise ValueError("no trajectory has positive weight")
-        point = uniforms(generator, wanted) * cumulative[-1]
+        point = selector.points(wanted, generator) * cumulative[-1]
         last = int(np.flatnonzero(masses[:, 0])[-1])
         owner = np.minimum(np.searchsorted(cumulative, point, side="right"), last)
         mine = np.flatnonzero(owner == self.comm.rank)

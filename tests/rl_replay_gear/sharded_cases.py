@@ -70,7 +70,7 @@ def same_as_one_table(rank, world, exchange):
     single = whole(world)
     for number, make in enumerate(
         (Uniform, lambda: Uniform(over="steps"), lambda: Prioritized(0.7, 0.5),
-         lambda: Prioritized(1.0, over="steps", normalize=None))
+         lambda: Prioritized(1.0, over="steps", normalize=None), lambda: Prioritized(stratified=True))
     ):  # fmt: skip
         ours, theirs = make(), make()
         for turn in range(5):

@@ -267,6 +267,31 @@ def test_gr24_shuffle_takes_every_trajectory_once_an_epoch():
     assert sorted(rest) == sorted(left[1:])
 
 
+@pytest.mark.parametrize(
+    ("make", "weights"),
+    [
+        (lambda: Prioritized(1.0, stratified=True), [5.0, 0.0, 1.0, 2.5, 0.25]),
+        (lambda: Uniform(over="steps", stratified=True), [1.0, 2.0, 3.0, 4.0, 5.0]),
+    ],
+)
+def test_gr24_stratified_draws_take_one_item_a_stratum_and_keep_the_law(make, weights):
+    table = table_of(lengths=(1, 2, 3, 4, 5), priorities=(5.0, 0.0, 1.0, 2.5, 0.25))
+    selector, handles = make(), table.handles()
+    expected = 64 * torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    first, turns = torch.zeros(5), 600
+    for turn in range(turns):
+        drawn = table.select(selector, 64, generator=CounterGenerator(3, turn)).handles
+        counts = (drawn[:, None] == handles).sum(0)
+        assert bool(((counts - expected).abs() < 2).all())  # i.i.d. draws would stray by 4 and more
+        first += drawn[0] == handles
+    law = expected / 64 * turns
+    kept = law > 0
+    assert bool((first[~kept] == 0).all())
+    assert float(((first - law)[kept] ** 2 / law[kept]).sum()) < 30  # the first position has the law
+    with pytest.raises(ValueError, match="stratified draws are with replacement"):
+        Uniform(replacement=False, stratified=True)
+
+
 def test_gr30_a_mixture_draws_tasks_by_weight():
     tables = {"a": table_of(), "b": table_of((5,), (1.0,)), "c": table_of((2,), (1.0,))}
     mixture = Mixture(tables, {name: Uniform() for name in tables}, {"a": 3.0, "b": 1.0, "c": 0.0})

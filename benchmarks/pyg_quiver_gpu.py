@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "tests" / "pyg_quiver")]
+sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 
 from benchmarks.common import RESULTS, Headline, interleaved, write_result  # noqa: E402
 from pyg_quiver import (  # noqa: E402
@@ -152,12 +152,7 @@ def make_setting(scale: int) -> Setting:
 
 
 def check(run: Run, setting: Setting) -> None:
-    """Bits of all samplers are equal, on small graphs with every option and on this one."""
-    from quiver_reference import check_backend
-
-    from pyg_quiver.backends import triton_gpu
-
-    cases = 0 if REHEARSAL else check_backend(triton_gpu.sample, device=DEVICE)
+    """Bits of all samplers are equal on this graph (test_gpu.py takes small ones with every option)."""
     groups = torch.arange(64)
     alone = setting.cpu.sample_groups(setting.seeds(64, 9), groups, range(64))
     together = setting.gpu.sample_groups(setting.seeds(64, 9), groups, range(64))
@@ -169,8 +164,8 @@ def check(run: Run, setting: Setting) -> None:
         for out in outs[1:]:
             for name in ("node", "row", "col", "edge"):
                 assert torch.equal(getattr(outs[0], name), getattr(out, name).cpu()), name
-    run.found["equal_samples"] = cases + 3
-    print(f"check: {cases + 3} samples equal on CPU, GPU, UVA and torch operations", flush=True)
+    run.found["equal_samples"] = 4
+    print("check: 4 samples equal on CPU, GPU, UVA and torch operations", flush=True)
 
 
 def sampling(run: Run, setting: Setting) -> None:

@@ -221,6 +221,7 @@ def _reset_kernel(
 
 
 _local = threading.local()
+_capturing = threading.Lock()  # PyTorch registers its random generators with every recording
 
 
 def _slot_map(size: int, device: torch.device) -> Tensor:
@@ -350,9 +351,10 @@ class _Batch:
             self._enqueue(graph)  # compiles
             side.synchronize()
             self._recorded = torch.cuda.CUDAGraph()
-            self._recorded.capture_begin(capture_error_mode="thread_local")
-            self._enqueue(graph)
-            self._recorded.capture_end()
+            with _capturing:
+                self._recorded.capture_begin(capture_error_mode="thread_local")
+                self._enqueue(graph)
+                self._recorded.capture_end()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = None
         self._free = torch.cuda.Event()

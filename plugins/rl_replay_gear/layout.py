@@ -63,12 +63,18 @@ class ParallelLayout:
                 columns_by_stage=columns_by_stage,
             )
         pipe = getattr(grid, "get_pipe_parallel_rank", None)
+        # What DeepSpeed's pipeline grid calls model parallel spans the stages too.
+        tensor = next(
+            name
+            for name in ("get_tensor_model_parallel", "get_slice_parallel", "get_model_parallel")
+            if hasattr(grid, f"{name}_rank")
+        )
         return cls(
             grid.get_data_parallel_rank(),
             grid.get_data_parallel_world_size(),
             pipe() if pipe else 0,
             grid.get_pipe_parallel_world_size() if pipe else 1,
-            grid.get_model_parallel_rank(),
-            grid.get_model_parallel_world_size(),
+            getattr(grid, f"{tensor}_rank")(),
+            getattr(grid, f"{tensor}_world_size")(),
             columns_by_stage=columns_by_stage,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -158,3 +159,54 @@ def test_gr17_a_deepspeed_engine_trains_with_the_losses_of_a_naive_loop(tmp_path
 
     with pytest.raises(TypeError, match="expected a DeepSpeed engine"):
         gear_dataloader(object(), None, Uniform(), Window(2))  # type: ignore[arg-type]
+
+
+PIPELINE = """
+import json, os, sys
+import torch, deepspeed
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+from deepspeed.pipe import PipelineModule
+from rl_replay_gear import (
+    ColumnSpec, ParallelLayout, ShardedTable, TableSpec, TrajectoryTable, Uniform, Window)
+from rl_replay_gear.randomness import CounterGenerator
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+net = PipelineModule(
+    [torch.nn.Linear(4, 4) for _ in range(4)], num_stages=2, loss_fn=torch.nn.functional.mse_loss)
+engine = deepspeed.initialize(
+    model=net, optimizer=torch.optim.SGD(net.parameters(), 0.1),
+    config={"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2})[0]
+layout = ParallelLayout.from_deepspeed(engine, columns_by_stage={0: ["x"], 1: ["y"]})
+table = TrajectoryTable(TableSpec((ColumnSpec("x"), ColumnSpec("y")), 100, 10))
+table.write({"x": torch.ones(5), "y": torch.zeros(5)})
+sharded = ShardedTable(table, layout)
+batch = sharded.collect(sharded.select(Uniform(), 6, generator=CounterGenerator(1)), Window(2))
+place = [layout.dp_rank, layout.dp_size, layout.pp_stage, layout.pp_size, layout.tp_rank, layout.tp_size]
+print("RESULT", json.dumps([place, list(batch.columns), batch.handles.tolist()]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.rl
+def test_gr19_stages_of_a_deepspeed_pipeline_get_their_columns_of_the_same_items(tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    environment = {
+        **os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PIPELINE], env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    found = []
+    for process in processes:
+        out, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error[-3000:]
+        found.append(json.loads(out.split("RESULT ", 1)[1].splitlines()[0]))
+    (first, first_columns, first_items), (second, second_columns, second_items) = found
+    assert first == [0, 1, 0, 2, 0, 1]
+    assert second == [0, 1, 1, 2, 0, 1]
+    assert (first_columns, second_columns) == (["x"], ["y"])
+    assert first_items == second_items

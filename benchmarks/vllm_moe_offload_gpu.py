@@ -7,7 +7,7 @@ one in fewer layers, dummy weights, vLLM's default torch.compile and CUDA graphs
 choices come from a trace that all arms replay on the device, topic-local (requests keep to a topic's experts)
 or uniform (no structure at all), so that the tokens generated must be the same in all arms. One engine after
 the other in one process; `plain_again` is the control. The most important arms come first, each writes the
-result file, and an arm starts only while the budget has room for it. With `ours_25` one decode step is
+result file, and an arm starts only while the budget has room for it. With `ours_25_eam` one decode step is
 profiled kernel by kernel (timeline .json and .png).
 """
 
@@ -266,7 +266,9 @@ def timeline(llm, strategy: Replayed, batch: int, folder: Path) -> dict[str, Any
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     events = sorted(
-        (event.time_range.start, event.time_range.elapsed_us(), event.name) for event in profiler.events()
+        (event.time_range.start, event.time_range.elapsed_us(), event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and "Buffer" not in event.name
     )
     # A step is what lies between two first layers' planning kernels.
     layers = len(llm.llm_engine.vllm_config.compilation_config.static_all_moe_layers) or 1
@@ -356,7 +358,7 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
             if kind == "uniform":
                 report["prefill"] = prefill(llm, strategy)
                 say(f"{arm} prefill: {statistics.median(report['prefill']['step_ms']):.1f} ms")
-        if arm == "ours_25" and DEVICE == "cuda":
+        if arm == "ours_25_eam" and DEVICE == "cuda":
             strategy.load(routing("topic_local", layers))
             report["timeline"] = timeline(llm, strategy, 8, out)
     finally:
@@ -433,7 +435,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=240, help="seconds")
     parser.add_argument(
         "--arms",
-        default="plain,ours_25,uva,ours_100,ours_25_eam_prefetch,ours_50,prefetch,plain_again",
+        default="plain,ours_25_eam,uva,ours_100,ours_25,prefetch,ours_25_eam_prefetch,ours_50_eam,plain_again",
     )
     arguments = parser.parse_args()
     global SHAPE, NAME

@@ -111,7 +111,10 @@ class DirectCache:
         self._on_gpu = self.device.type == "cuda"
         # In turn, so that none is written to while the device may still read or fill it.
         control, report = HEADER + self.num_slots, len(self._r.report)
-        self._uploads = deque(self._host_array(control, torch.int32) for _ in range(_IN_FLIGHT + 1))
+        self._uploads = deque(
+            (self._host_array(control, torch.int32), self._host_array(layers * experts, torch.uint8))
+            for _ in range(_IN_FLIGHT + 1)
+        )
         self._buffers = deque(self._host_array(report, torch.int64) for _ in range(_IN_FLIGHT + 1))
         self._pending: deque[tuple[StepReport, Tensor, torch.cuda.Event | None]] = deque()
         self._tick = 0  # of the last step begun
@@ -120,7 +123,10 @@ class DirectCache:
         self._rows = np.zeros(layers * experts, dtype=np.int64)
         self._counted = np.zeros(NUM_COUNTERS, dtype=np.int64)
         self._own_slots = self.num_slots - host_slots
+        # Victims for the next step, and how many of them are not only for large batches.
         self._queue: npt.NDArray[np.int32] | None = np.arange(self._own_slots, dtype=np.int32)
+        self._queued = self._own_slots
+        self._admitted = np.ones(layers * experts, dtype=np.uint8)
         self._fill()
         self._promoter = None
         if host_slots:
@@ -174,18 +180,20 @@ class DirectCache:
         if self._promoter is not None:
             self._promote(self._promoter)
         self._uploads.rotate(1)
-        message = self._uploads[0]
+        message, admit = self._uploads[0]
         header = message[:HEADER].numpy()
         header[residency.TOKENS], header[residency.TICK] = num_tokens, self._tick
         if self._queue is None:
             size = residency.AS_OF  # the victims stay, and so does what else the header says of them
         else:
-            queue, self._queue = self._queue, None
+            (queue, admitted), self._queue = (self._queue, self._admitted), None
             header[residency.AS_OF], header[residency.HEAD] = self._known, 0
-            header[residency.QUEUE] = len(queue)
+            header[residency.QUEUE] = self._queued
             header[residency.STREAM] = min(len(queue), self.store.num_experts)
             message[HEADER : HEADER + len(queue)].numpy()[:] = queue
             size = HEADER + len(queue)
+            admit.numpy()[:] = admitted
+            self._r.admit.copy_(admit, non_blocking=True)
         self._r.control[:size].copy_(message[:size], non_blocking=True)
 
     def end_step(self, num_tokens: int, note: Any = None) -> None:
@@ -222,14 +230,32 @@ class DirectCache:
     def plan_ahead(self) -> None:
         """Queue victims for the steps to come, by the policy and what it knows now, and choose prefetches."""
         held = np.flatnonzero((self._rows >= 0) & (self._rows < self._own_slots))
-        # A step finds the victims of the one or two before it used up.
-        count = min(len(held), max(_QUEUED_STEPS * self._last_misses, self.store.num_experts))
         self.policy.on_layer(0, self.share)
-        victims = self.policy.victims(held, count) if count else held
+        worth = self.policy.worth()
+        if worth is None:
+            # A step finds the victims of the one or two before it used up.
+            count = min(len(held), max(_QUEUED_STEPS * self._last_misses, self.store.num_experts))
+            victims = self.policy.victims(held, count) if count else held
+            self._queued, self._admitted[:] = len(victims), 1
+        else:
+            victims = self._trade(held, worth)
         self._queue = self._rows[victims].astype(np.int32)
         self._known = self._learned
         if self._promoter is not None and self.share is not None:
             self._promoter.plan(self.share, self._rows)
+
+    def _trade(
+        self, held: npt.NDArray[np.int64], worth: npt.NDArray[np.float64] | npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Victims, least worth first. As many are queued, and as many experts admitted, as gain by it."""
+        absent = np.flatnonzero((self._rows < 0) | (self._rows >= self.num_slots))
+        held = held[np.argsort(worth[held], kind="stable")]
+        absent = absent[np.argsort(-worth[absent], kind="stable")]
+        pairs = min(len(held), len(absent))
+        self._queued = int((worth[absent[:pairs]] > worth[held[:pairs]]).sum())
+        self._admitted[:] = 0
+        self._admitted[absent[: self._queued]] = 1
+        return held[: max(self._queued, self.store.num_experts)]
 
     def verify(self) -> None:
         """Compare every slot with the store; waits for the device.

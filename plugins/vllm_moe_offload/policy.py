@@ -85,6 +85,14 @@ class EvictionPolicy(ABC):
             keys, rank, age = keys[kept], rank[kept], age[kept]
         return keys[np.lexsort((keys, age, rank))[:count]]
 
+    def worth(self) -> npt.NDArray[np.float64] | npt.NDArray[np.int64] | None:
+        """How much each key, resident or not, is worth a slot in the passes to come, where the policy knows.
+
+        With it an expert is admitted only in place of one that is worth less; without (None) every missing
+        one is.
+        """
+        return None
+
     @abstractmethod
     def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:
         """Rank of each candidate; the lowest is evicted."""
@@ -111,6 +119,9 @@ class LeastFrequentlyUsed(EvictionPolicy):
     def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
         super().on_accesses(keys)
         self._accesses[keys] += 1
+
+    def worth(self) -> npt.NDArray[np.int64]:  # noqa: D102
+        return self._accesses
 
     def _rank(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return self._accesses[keys]
@@ -151,6 +162,10 @@ class ActivationAware(EvictionPolicy):
             self._running = classes, np.zeros(self.num_experts, dtype=np.bool_)
         super().on_layer(layer, share)
         self._share = None if share is None else share.reshape(-1)
+
+    def worth(self) -> npt.NDArray[np.float64] | None:  # noqa: D102
+        # Over a whole pass every layer comes once, whatever its distance.
+        return self._share
 
     def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:  # noqa: D102
         super().on_accesses(keys)

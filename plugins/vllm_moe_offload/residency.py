@@ -46,6 +46,7 @@ class Residency:
             padding. TICK: its number, from 1. AS_OF: tick up to which the host knew the accesses when it
             ranked the victims. QUEUE, STREAM: victims that a small and a large batch may take. HEAD: the next
             one, from which on they are taken in turn. JOBS: copies of the layer.
+        admit: uint8 ``[keys]``, whether an expert may take a slot of the queue when it is missing.
         picks: int32 ``[experts]``, victims of the layer.
         jobs: int64 ``[experts, 2]``, source and destination rows of the layer's copies.
         num_experts: experts of each layer.
@@ -60,6 +61,7 @@ class Residency:
     last_used: Tensor
     key_of: Tensor
     control: Tensor
+    admit: Tensor
     picks: Tensor
     jobs: Tensor
     num_experts: int
@@ -97,6 +99,7 @@ class Residency:
             last_used=table(keys),
             key_of=table(slots, value=NO_KEY),
             control=table(HEADER + slots),
+            admit=table(keys, value=1, dtype=torch.uint8),
             picks=table(num_experts),
             jobs=table(num_experts, 2, dtype=torch.int64),
             num_experts=num_experts,
@@ -128,7 +131,7 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
         remap: return rows, with row 0 for padding; else the ids, with the first one for padding.
         stream: the batch uses most experts. Victims are then the first STREAM ones over and over, spared
             only while the layer itself needs them. Otherwise a victim keeps its slot if it was used after
-            the host ranked it.
+            the host ranked it, and only admitted experts get one.
 
     Returns:
         int64 rows ``[T, k]``, or ids of the dtype of ``topk_ids``.
@@ -142,20 +145,21 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
     r.trace[:tokens, layer] = ids.int()
     needed = (r.last_used[own] == tick) & (tokens > 0)
     rows = r.row_of[own]
-    absent = (needed & ((rows < 0) | (rows >= r.num_slots))).nonzero().flatten().tolist()
+    absent = needed & ((rows < 0) | (rows >= r.num_slots))
+    wanted = (absent if stream else absent & (r.admit[own] != 0)).nonzero().flatten().tolist()
 
     victims: list[int] = []
     limit, last = (streamed if stream else queued), -1
     queue, key_of, last_used = r.control[HEADER:].tolist(), r.key_of.tolist(), r.last_used.tolist()
     for place in range(limit):
-        if len(victims) == len(absent):
+        if len(victims) == len(wanted):
             break
         slot = queue[(head + place) % limit]
         used = last_used[key_of[slot]] if key_of[slot] != NO_KEY else -1
         if (used != tick or key_of[slot] // experts != layer) if stream else used <= as_of:
             victims.append(slot)
             last = place
-    for job, (slot, expert) in enumerate(zip(victims, absent, strict=False)):
+    for job, (slot, expert) in enumerate(zip(victims, wanted, strict=False)):
         if key_of[slot] != NO_KEY:
             r.row_of[key_of[slot]] = r.far[key_of[slot]]
         r.jobs[job, 0], r.jobs[job, 1] = r.far[first + expert], slot
@@ -165,7 +169,7 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
         r.control[HEAD] = (head + last + 1) % limit
     r.control[JOBS] = len(victims)
     r.counters[ACCESSES] += int(needed.sum())
-    r.counters[MISSES] += len(absent)
+    r.counters[MISSES] += int(absent.sum())
     r.counters[PULLS] += len(victims)
 
     if remap:

@@ -48,6 +48,7 @@ def _plan_kernel(
     last_used_ptr,
     key_of_ptr,
     trace_ptr,
+    admit_ptr,
     picks_ptr,
     jobs_ptr,
     num_ids,
@@ -84,17 +85,21 @@ def _plan_kernel(
     needed = inside & (used == tl.where(valid > 0, tick, -2))
     absent = needed & ((rows < 0) | (rows >= num_slots))
     missing = tl.sum(absent.to(tl.int32), axis=0)
-    taken = missing * 0
-    if missing > 0:
+    wants = absent
+    if not STREAMS:
+        wants = absent & (tl.load(admit_ptr + first + expert, mask=inside, other=0) != 0)
+    wanted = tl.sum(wants.to(tl.int32), axis=0)
+    taken = wanted * 0
+    if wanted > 0:
         as_of = tl.load(control_ptr + _AS_OF)
         head = tl.load(control_ptr + _HEAD)
         if STREAMS:
             limit = tl.load(control_ptr + _STREAM)
         else:
             limit = tl.load(control_ptr + _QUEUE)
-        scanned = missing * 0
-        end = missing * 0 - 1
-        while (taken < missing) & (scanned < limit):
+        scanned = wanted * 0
+        end = wanted * 0 - 1
+        while (taken < wanted) & (scanned < limit):
             at = scanned + tl.arange(0, PROBE)
             queued = at < limit
             slot = tl.load(control_ptr + _HEADER + (head + at) % limit, mask=queued, other=0)
@@ -105,14 +110,14 @@ def _plan_kernel(
             else:
                 free = queued & (last <= as_of)
             order = taken + tl.cumsum(free.to(tl.int32), axis=0) - 1
-            picked = free & (order < missing)
+            picked = free & (order < wanted)
             tl.store(picks_ptr + order, slot, mask=picked)
             end = tl.maximum(end, tl.max(tl.where(picked, at, -1), axis=0))
             taken += tl.sum(picked.to(tl.int32), axis=0)
             scanned += PROBE
         tl.debug_barrier()
-        rank = tl.cumsum(absent.to(tl.int32), axis=0) - 1
-        pulled = absent & (rank < taken)
+        rank = tl.cumsum(wants.to(tl.int32), axis=0) - 1
+        pulled = wants & (rank < taken)
         slot = tl.load(picks_ptr + rank, mask=pulled, other=0)
         old = tl.load(key_of_ptr + slot, mask=pulled, other=-1)
         tl.debug_barrier()
@@ -173,6 +178,7 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
         r.last_used,
         r.key_of,
         r.trace,
+        r.admit,
         r.picks,
         r.jobs,
         topk_ids.numel(),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch_geometric.data import FeatureStore, TensorAttr
 from pyg_quiver.placement import DISK, HOST, PlacementPlan
 from tiered_memory.arena import PinnedArena
 from tiered_memory.gather import SOURCE_SHIFT, gather_rows, row_code
+from tiered_memory.probe import measure_bandwidth
 
 TIERS = ("local", "peer", "host", "disk")
 _MOVE_ROWS = 1 << 18
@@ -178,8 +181,10 @@ class QuiverFeatureStore(FeatureStore):
     def _host_table(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.device.type != "cuda":
             return torch.empty(tuple(shape), dtype=dtype)
-        count = int(np.prod(shape)) * dtype.itemsize
-        return PinnedArena(max(count, 1)).empty(tuple(shape), dtype)
+        arena = PinnedArena(max(int(np.prod(shape)) * dtype.itemsize, 1))
+        if not arena.pinned:
+            _warn_pageable(self.device)
+        return arena.empty(tuple(shape), dtype)
 
     def _table(self, place: int, key: tuple[Any, str], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if place == HOST:
@@ -268,6 +273,17 @@ class QuiverFeatureStore(FeatureStore):
                 self._rows[tier] += int(count)
                 self._bytes[tier] += int(count) * row_bytes
         self._pending.clear()
+
+
+@cache
+def _warn_pageable(device: torch.device) -> None:
+    """Say once what it costs that rows could not be pinned."""
+    rate = measure_bandwidth("pageable_to_device", nbytes=1 << 26, seconds=0.05, device=device.index or 0)
+    warnings.warn(
+        f"feature rows lie in pageable memory: the CPU collects them and copies to {device} run at "
+        f"{rate.bytes_per_s / 1e9:.1f} GB/s (raise the locked-memory limit, or give the plan a host_budget)",
+        RuntimeWarning,
+    )
 
 
 def _count_sources(which: Tensor, sources: int) -> Tensor:

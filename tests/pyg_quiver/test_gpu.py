@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from quiver_reference import check_backend, random_edges
 
-from pyg_quiver import CSCTopology, NeighborLoader, QuiverSampler
+from pyg_quiver import (
+    CSCTopology,
+    DeviceTopology,
+    NeighborLoader,
+    QuiverFeatureStore,
+    QuiverSampler,
+    plan_placement,
+)
 
 pytestmark = [pytest.mark.pyg, pytest.mark.gpu]
 
@@ -83,3 +91,30 @@ def test_qv01_loader_on_the_gpu_gives_the_batches_of_the_cpu(topology):
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.edge_index, b.edge_index)
         assert torch.equal(a.e_id, b.e_id)
+
+
+def test_qv09_rows_that_cannot_be_pinned_are_read_and_reported(monkeypatch):
+    from pyg_quiver import feature_store
+
+    monkeypatch.setattr(feature_store, "PinnedArena", partial(feature_store.PinnedArena, pinned=False))
+    x = torch.randn(5000, 16)
+    store = QuiverFeatureStore("cuda")
+    with pytest.warns(RuntimeWarning, match=r"pageable memory: .* run at [0-9.]+ GB/s"):
+        store.put_tensor(x, group_name=None, attr_name="x", index=None)
+    index = torch.randint(0, 5000, (700,))
+    assert torch.equal(store.get_tensor(group_name=None, attr_name="x", index=index).cpu(), x[index])
+
+
+def test_qv20_a_reader_gets_the_rows_of_both_gpus():
+    devices = DeviceTopology.detect()
+    if len(devices) < 2 or len(devices.cliques()[0]) < 2:
+        pytest.skip("needs two linked GPUs")
+    x = torch.randn(4000, 100)
+    plan = plan_placement(torch.rand(4000), 400, devices, device_budget=400 * 1500)
+    index = torch.randint(0, 4000, (9000,))
+    for reader in (0, 1):
+        store = QuiverFeatureStore(f"cuda:{reader}", plan=plan, reader=reader)
+        store.put_tensor(x, group_name=None, attr_name="x", index=None)
+        assert torch.equal(store.get_tensor(group_name=None, attr_name="x", index=index).cpu(), x[index])
+        where = plan.location(reader)[index]
+        assert store.stats().rows["peer"] == int((where == 1 - reader).sum()) > 0

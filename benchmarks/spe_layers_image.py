@@ -70,6 +70,8 @@ def methods(x: Tensor, y: Tensor, *, quick: bool) -> tuple[dict[str, Build], dic
         for scale in (1.0, 5.0):
             add(f"FINER k={scale:g}", "finer", omega_0=5.0, bias_scale=scale)
         add("WIRE", "wire")
+        for finest in (16, 32):
+            add(f"hash finest={finest}", "hash", levels=5, log2_size=8, finest=finest)
         for sigma in (0.1, 0.3):
             add(f"Gaussian sigma={sigma:g}", "gauss", sigma=sigma)
     for decay in (0.0, 1.0):

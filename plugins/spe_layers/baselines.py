@@ -19,6 +19,9 @@ from spe_layers.bands import Bands, as_bands
 from spe_layers.encoding import PositionalEncoding
 from spe_layers.layer import SPE
 
+# Multipliers of the spatial hash, as in the paper's code.
+_PRIMES = (1, 2_654_435_761, 805_459_861, 3_674_653_429, 2_097_192_037, 1_434_869_437, 2_165_219_737)
+
 
 class FourierFeatures(nn.Module):
     """``[sin(B x), cos(B x)]``, B [m, in_features] drawn from N(0, std^2), in radians per coordinate unit."""
@@ -59,6 +62,50 @@ class Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it."""
         return self.function(x)
+
+
+class HashGrid(nn.Module):
+    """Multiresolution hash encoding (Mueller et al., SIGGRAPH 2022, section 3), for coordinates in [-1, 1].
+
+    Level l is a grid of floor(coarsest * growth^l) cells a side; the features of a cell's corners stand in a
+    table of 2^log2_size rows, found by a hash, and are interpolated linearly.
+    """
+
+    primes: Tensor
+
+    def __init__(
+        self, in_features: int, *, levels: int, features: int, log2_size: int, coarsest: int, finest: int
+    ) -> None:
+        super().__init__()
+        if in_features > len(_PRIMES):
+            raise ValueError(f"a hash grid takes at most {len(_PRIMES)} coordinates, got {in_features}")
+        growth = (finest / coarsest) ** (1 / max(1, levels - 1))
+        # Without the small term a power that should be whole falls below it.
+        self.cells = [math.floor(coarsest * growth**level + 1e-9) for level in range(levels)]
+        self.log2_size, self.out_features = log2_size, levels * features
+        self.tables = nn.Parameter(torch.empty(levels, 2**log2_size, features).uniform_(-1e-4, 1e-4))
+        self.register_buffer("primes", torch.tensor(_PRIMES[:in_features]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., levels * features]."""
+        dims = x.shape[-1]
+        corners = torch.cartesian_prod(*[torch.tensor([0, 1], device=x.device)] * dims).reshape(-1, dims)
+        found = []
+        for table, cells in zip(self.tables, self.cells, strict=True):
+            position = (x.clamp(-1, 1) + 1) / 2 * cells
+            low = position.floor()
+            fraction = (position - low).unsqueeze(-2)
+            weight = torch.where(corners == 1, fraction, 1 - fraction).prod(-1)
+            found.append((table[self._rows(low.long().unsqueeze(-2) + corners)] * weight[..., None]).sum(-2))
+        return torch.cat(found, dim=-1)
+
+    def _rows(self, corner: Tensor) -> Tensor:
+        """Row of the table for integer corners [..., dims]."""
+        parts = corner * self.primes
+        row = parts[..., 0]
+        for index in range(1, parts.shape[-1]):
+            row = row ^ parts[..., index]
+        return row & (2**self.log2_size - 1)
 
 
 class RealGabor(nn.Module):
@@ -160,6 +207,29 @@ def _gauss(in_features: int, out_features: int, _bands: Bands, *, sigma: float =
     )
 
 
+def _hash(
+    in_features: int,
+    out_features: int,
+    _bands: Bands,
+    *,
+    levels: int = 8,
+    features: int = 2,
+    log2_size: int = 12,
+    coarsest: int = 4,
+    finest: int = 64,
+) -> nn.Module:
+    """Hash grid, Linear, ReLU; coordinates in [-1, 1]. Its tables are parameters: compare counts."""
+    grid = HashGrid(
+        in_features,
+        levels=levels,
+        features=features,
+        log2_size=log2_size,
+        coarsest=coarsest,
+        finest=finest,
+    )
+    return nn.Sequential(grid, nn.Linear(grid.out_features, out_features), nn.ReLU())
+
+
 def _encoded(in_features: int, out_features: int, bands: Bands, *after: nn.Module) -> nn.Sequential:
     encoding = PositionalEncoding(in_features, bands)
     return nn.Sequential(encoding, nn.Linear(encoding.out_features, out_features), *after)
@@ -183,6 +253,7 @@ FIRST_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "finer": _finer,
     "wire": _wire,
     "gauss": _gauss,
+    "hash": _hash,
 }
 
 

@@ -35,7 +35,7 @@ def spe(
         bands: L bands, or their number (octaves).
         covariance, mask: see ``positional_encoding``.
         backend: ``auto`` takes the fused kernels for CUDA tensors where they apply (no covariance, not
-            float64, at most 16 coordinates and 128 features) and plain torch elsewhere; ``triton`` insists,
+            float64, at most 16 coordinates and 127 features) and plain torch elsewhere; ``triton`` insists,
             except that a covariance always takes plain torch.
 
     Returns:

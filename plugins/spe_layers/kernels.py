@@ -128,7 +128,7 @@ def launch_stack(
     *,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """relu(spe(x) W2^T + b2) [N, H2] in 16-bit ``out_dtype``; ``following`` is W2 [H2, H], b2 [H2] or None."""
+    """relu(spe(x) W2^T + b2) [N, H2] in 16-bit ``out_dtype``; ``following``: W2 [H2, H], b2 [H2] or None."""
     second, shift = following
     out = x.new_empty((x.shape[0], second.shape[0]), dtype=out_dtype)
     if not out.numel():

@@ -23,6 +23,7 @@ from spe_layers import (
     spectrum_report,
     swap_first_layer,
 )
+from spe_layers.baselines import HashGrid
 from spe_layers.signals import power_law_signal
 
 
@@ -62,6 +63,32 @@ def test_sp12_peers_equal_their_formulas():
     assert "0.matrix" not in dict(rff.named_parameters())
     he = build_first_layer("relu_he", 3, 4000, 8)
     assert he[1].weight.var().item() == pytest.approx(2 / 51, rel=0.03)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_sp12_hash_grid_interpolates_its_corners(dims):
+    torch.manual_seed(dims)
+    grid = HashGrid(dims, levels=3, features=2, log2_size=6, coarsest=2, finest=8)
+    assert grid.cells == [2, 4, 8]
+    with torch.no_grad():
+        grid.tables.uniform_(-1, 1)
+    # On a corner of the finest grid that level is one row of its table: the hash, computed by hand.
+    corner = torch.randint(0, 9, (20, dims))
+    found = grid(corner / 8 * 2.0 - 1)
+    primes = [1, 2654435761, 805459861]
+    for row, point in zip(found, corner.tolist(), strict=True):
+        index = 0
+        for c, p in zip(point, primes, strict=False):
+            index ^= c * p
+        torch.testing.assert_close(row[4:], grid.tables[2, index % 64], atol=1e-5, rtol=0)
+    # Linear between two corners of one cell of the finest grid (the others' cells hold several of them).
+    a, b = corner[:1] / 8 * 2.0 - 1, None
+    a = a.clamp(max=1 - 2 / 8)
+    b = a + 2 / 8 * torch.eye(dims)[:1]
+    middle = (grid(a) + grid(b)) / 2
+    torch.testing.assert_close(grid((a + b) / 2)[:, 4:], middle[:, 4:], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="at most 7 coordinates"):
+        HashGrid(8, levels=1, features=1, log2_size=4, coarsest=2, finest=2)
 
 
 def test_sp12_unknown_names_and_options_are_refused():

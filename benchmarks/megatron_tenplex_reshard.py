@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, Headline, write_result
 from megatron_tenplex import GPTShape, ParallelConfig, Reconfigurator, World
 from megatron_tenplex.testing import install_cpu_compat, run_world
-from megatron_tenplex.testing.checkpoint import read_checkpoint, save_checkpoint
+from megatron_tenplex.testing.checkpoint import load_checkpoint, save_checkpoint
 from megatron_tenplex.testing.gpt import GPTJob
 
 WORKERS = 2
@@ -43,7 +43,7 @@ def measure(store, worker, workers, job: GPTJob, options) -> dict[str, list[floa
         save_checkpoint(elastic.state, options.folder)
         elastic.start(ParallelConfig.parse(after), resume=False)
         elastic.describe()  # makes Adam's state, without which describing for a load asserts
-        read_checkpoint(elastic.state, options.folder)
+        load_checkpoint(elastic.state, options.folder)
 
     for turn in range(options.repeats + 1):
         arms = [("live", live), ("checkpoint", checkpoint)]

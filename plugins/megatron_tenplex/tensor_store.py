@@ -128,16 +128,20 @@ class TensorStore:
             ReplicaCorruptError: a block does not have its checksum.
             LookupError: the copy does not have this shard.
         """
-        tensors, shards = self.shards(version, rank)
-        if shard not in shards:
-            raise LookupError(f"rank {rank}, version {version} on host {self.host} has no {shard}")
-        offset = self.manifest(version, rank)["offsets"][shards.index(shard)]
-        dtype = tensors[shard.key].dtype
-        size = shard.numel * dtype.itemsize
-        data = bytearray(self._checked(version, rank, shard.key, offset, size))
+        tensors, _ = self.shards(version, rank)
+        dtype = tensors[shard.key].dtype if shard.key in tensors else torch.uint8
+        data = bytearray(self.read_bytes(version, rank, shard, 0, shard.numel * dtype.itemsize))
         whole = torch.frombuffer(data, dtype=dtype)
         whole = whole if shard.flat is not None else whole.view(shard.box.shape)
         return whole if box is None else view_of(shard, whole, box).clone()
+
+    def read_bytes(self, version: int, rank: int, shard: Shard, low: int, high: int) -> bytes:
+        """Bytes ``[low, high)`` of a shard's tensor; errors as those of :meth:`read`."""
+        _, shards = self.shards(version, rank)
+        if shard not in shards:
+            raise LookupError(f"rank {rank}, version {version} on host {self.host} has no {shard}")
+        offset = self.manifest(version, rank)["offsets"][shards.index(shard)]
+        return self._checked(version, rank, shard.key, offset + low, high - low)
 
     def _checked(self, version: int, rank: int, key: str, offset: int, size: int) -> bytes:
         blocks = self.manifest(version, rank)["blocks"]

@@ -37,7 +37,7 @@ def broken(request, tmp_path_factory):
 
 def test_tx10_a_killed_worker_is_a_named_error_within_30_seconds(broken):
     phase, failure, _ = broken
-    assert failure.failures.keys() == {1}, failure
+    assert failure.failures.keys() == {1}, str(failure)
     assert failure.failures[1] == "killed by signal 9"
     for said, seconds in failure.results.values():
         assert seconds < 30, phase

@@ -158,3 +158,27 @@ def test_manifests_are_json_that_describes_the_shards(tmp_path):
     text = (tmp_path / "a" / f"{1:012d}" / f"{0:06d}" / "manifest.json").read_text().partition("\n")[2]
     again = ParallelTensorCollection.from_json(json.loads(text)["tensors"])
     assert again.shards == ((FIRST, FLAT),)
+
+
+def test_tx25_shards_are_files_of_fsspec(tmp_path):
+    from megatron_tenplex.filesystem import TenplexFileSystem
+
+    write(tmp_path, "a", 5, {0: [FIRST, LARGE]})
+    files = TenplexFileSystem(root=str(tmp_path))
+    assert files.ls("tenplex://", detail=False) == ["a"]
+    assert files.ls("a/5/0", detail=False) == ["a/5/0/manifest.json", "a/5/0/0.bin", "a/5/0/1.bin"]
+    assert files.info("tenplex://a/5/0/1.bin")["size"] == 8_000_000
+    whole = WHOLE["m"].numpy().tobytes()
+    assert files.cat_file("tenplex://a/5/0/1.bin", 1_000_000, 3_000_003) == whole[1_000_000:3_000_003]
+    assert files.cat_file("a/5/0/1.bin", -10) == whole[-10:]
+    with files.open("a/5/0/0.bin") as file:
+        assert file.read() == WHOLE["w"][:4].numpy().tobytes()
+    flip(tmp_path, "a", 5, 0, 3_500_000)
+    assert files.cat_file("a/5/0/1.bin", 0, 8) == whole[:8]
+    with pytest.raises(ReplicaCorruptError):
+        files.cat_file("a/5/0/1.bin", 3_499_000, 3_501_000)
+    for missing in ("b/5/0/0.bin", "a/6/0/0.bin", "a/5/0/9.bin", "a/5/0/x.bin"):
+        with pytest.raises(FileNotFoundError):
+            files.cat_file(missing)
+    with pytest.raises(ValueError, match="read-only"):
+        files.open("a/5/0/0.bin", "wb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -72,6 +73,7 @@ def _fork(
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # collecting the parent's stores here would wait for threads that a fork does not copy
     code = 1
     try:
         torch.set_num_threads(1)

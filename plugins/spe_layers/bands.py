@@ -181,5 +181,13 @@ class Bands:
 
 
 def as_bands(bands: int | Bands) -> Bands:
-    """``Bands.octaves(bands)`` for an int, the argument itself otherwise."""
-    return Bands.octaves(bands) if isinstance(bands, int) else bands
+    """``Bands.octaves(bands)`` for an int, the argument itself otherwise.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(bands, Bands):
+        return bands
+    if not isinstance(bands, int) or isinstance(bands, bool):
+        raise TypeError(f"bands must be a Bands or a number of octaves, got {bands!r}")
+    return Bands.octaves(bands)

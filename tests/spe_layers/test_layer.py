@@ -205,6 +205,9 @@ def test_bad_input_is_refused_with_what_to_do():
         spe(torch.rand(2, 3), torch.rand(4, 9), None, 2)
     with pytest.raises(ValueError, match="sizes of at least 1"):
         SPE(0, 8, 2)
+    for bands in ("10", 2.5, True):
+        with pytest.raises(TypeError, match="bands must be a Bands or a number of octaves"):
+            SPE(3, 8, bands)
 
 
 def test_unusual_range_warns_once():

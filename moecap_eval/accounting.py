@@ -14,7 +14,17 @@ from typing import Literal
 from moecap_eval.model_spec import COMPONENTS, Breakdown, LayerSpec, ModelSpec
 from moecap_eval.workload import StepRecord
 
-__all__ = ["Breakdown", "Convention", "mbu", "mfu", "s_mbu", "s_mfu", "step_bytes", "step_flops"]
+__all__ = [
+    "Breakdown",
+    "Convention",
+    "draft_bytes",
+    "mbu",
+    "mfu",
+    "s_mbu",
+    "s_mfu",
+    "step_bytes",
+    "step_flops",
+]
 
 Convention = Literal["exact", "paper", "loaded"]
 _PAPER_COMPONENTS = frozenset({"attention", "dense_ffn", "routed_experts", "shared_experts"})
@@ -34,7 +44,7 @@ def step_bytes(spec: ModelSpec, step: StepRecord, *, convention: Convention = "e
     A tied embedding is read as lm_head where the pass samples, and by rows otherwise.
 
     Returns:
-        Bytes by component, ``kv_cache`` included.
+        Bytes by component, ``kv_cache`` included, and ``draft`` where a draft model proposed tokens.
     """
     parts = {key: sum(layer.weight_bytes[key] for layer in spec.layers) for key in COMPONENTS}
     parts["norm"] += spec.final_norm_bytes
@@ -52,7 +62,36 @@ def step_bytes(spec: ModelSpec, step: StepRecord, *, convention: Convention = "e
         parts = {
             key: value if key in _PAPER_COMPONENTS or key == "kv_cache" else 0 for key, value in parts.items()
         }
+    elif step.draft_bytes:
+        parts["draft"] = step.draft_bytes
     return Breakdown(parts)
+
+
+def draft_bytes(draft: ModelSpec, step: StepRecord, drafts: int) -> int:
+    """Bytes that a dense draft model reads to propose ``drafts`` tokens for each request of ``step``.
+
+    By its schedule: one pass over the step's own rows, then one row per request for each further draft.
+
+    Raises:
+        ValueError: the draft model has MoE layers, whose routing is not recorded.
+    """
+    if draft.moe_layers:
+        raise ValueError("the draft model has MoE layers, whose routing is not recorded")
+    total = 0
+    for index in range(drafts):
+        rows = step.tokens if index == 0 else step.requests
+        proposal = replace(
+            step,
+            tokens=rows,
+            sampled_tokens=step.requests,
+            distinct_tokens=min(rows, step.distinct_tokens),
+            kv_tokens_read=step.kv_tokens_read + index * step.requests,
+            experts_touched={},
+            experts_loaded=None,
+            draft_bytes=0,
+        )
+        total += step_bytes(draft, proposal).total
+    return total
 
 
 def step_flops(spec: ModelSpec, step: StepRecord) -> Breakdown:
@@ -114,8 +153,14 @@ def mbu(spec: ModelSpec, steps: Sequence[StepRecord], peak_bytes_per_s: float) -
 
 
 def s_mfu(spec: ModelSpec, steps: Sequence[StepRecord], peak_flops_per_s: float) -> float:
-    """Sparse model FLOPs utilisation (eq. 5), in [0, 1]; errors as ``s_mbu``."""
-    return _utilisation("S-MFU", "FLOP/s", steps, peak_flops_per_s, lambda step: step_flops(spec, step).total)
+    """Sparse model FLOPs utilisation (eq. 5), in [0, 1]; errors as ``s_mbu``.
+
+    Rows of rejected drafts are no useful work: they are left out, with their share of the attended
+    positions.
+    """
+    return _utilisation(
+        "S-MFU", "FLOP/s", steps, peak_flops_per_s, lambda step: step_flops(spec, _accepted(step)).total
+    )
 
 
 def mfu(spec: ModelSpec, steps: Sequence[StepRecord], peak_flops_per_s: float) -> float:
@@ -158,6 +203,21 @@ def _utilisation(
     return value
 
 
+def _accepted(step: StepRecord) -> StepRecord:
+    """The pass without the rows of rejected drafts."""
+    if step.accepted_tokens is None:
+        return step
+    rows = step.tokens - (step.sampled_tokens - step.accepted_tokens)
+    share = rows / step.tokens
+    return replace(
+        step,
+        tokens=rows,
+        sampled_tokens=step.accepted_tokens,
+        attended_positions=round(step.attended_positions * share),
+        windowed={window: (read, round(pairs * share)) for window, (read, pairs) in step.windowed.items()},
+    )
+
+
 def _all_experts(spec: ModelSpec, step: StepRecord) -> StepRecord:
     return replace(step, experts_touched={layer.index: layer.num_experts for layer in spec.layers})
 
@@ -172,20 +232,31 @@ def _distinct(counts: object, layer: LayerSpec) -> int:
 
 
 def _kv_tokens(step: StepRecord, layer: LayerSpec) -> int:
-    """Cached positions read in this layer. A window clips each request; only their sum is recorded."""
+    """Cached positions read in this layer."""
     if layer.window is None:
         return step.kv_tokens_read
-    if step.requests == 1:
-        # The last query sees `window` positions, the first of T new tokens sees the window before it.
-        return min(step.kv_tokens_read, layer.window + step.tokens - 1)
+    if layer.window in step.windowed:
+        return step.windowed[layer.window][0]
+    # Only the sum over requests is known: exact for one, else an upper bound.
     return min(step.kv_tokens_read, step.requests * (layer.window - 1) + step.tokens)
 
 
 def _pairs(step: StepRecord, layer: LayerSpec) -> int:
-    """(query, key) pairs in this layer, clipped by its window: exact for one request, else an upper bound."""
+    """(query, key) pairs in this layer."""
     if layer.window is None:
         return step.attended_positions
+    if layer.window in step.windowed:
+        return step.windowed[layer.window][1]
     if step.requests == 1:
-        first = step.kv_tokens_read - step.tokens
-        return sum(min(first + index + 1, layer.window) for index in range(step.tokens))
+        return clip_to_window(step.kv_tokens_read - step.tokens, step.tokens, layer.window)[1]
     return min(step.attended_positions, step.tokens * layer.window)
+
+
+def clip_to_window(past: int, tokens: int, window: int) -> tuple[int, int]:
+    """Cached positions read and (query, key) pairs of ``tokens`` new rows after ``past`` others.
+
+    A query sees itself and the ``window - 1`` positions before it.
+    """
+    short = max(0, min(tokens, window - past))  # queries that see everything before them
+    pairs = short * past + short * (short + 1) // 2 + (tokens - short) * window
+    return min(past, window - 1) + tokens, pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from moecap_eval.workload import Axis, Workload
 
@@ -26,13 +27,15 @@ def free_axes(work_unit: str) -> tuple[Axis, ...]:
     )
 
 
-def run_axes(workload: Workload, margins: Mapping[str, float]) -> tuple[Axis, ...]:
-    """The workload's axes and the free ones, with the config's equivalence margins.
+def run_axes(
+    workload: Workload, margins: Mapping[str, float], params: Mapping[str, Any] | None = None
+) -> tuple[Axis, ...]:
+    """The workload's axes under ``params`` and the free ones, with the config's equivalence margins.
 
     Raises:
         ValueError: two axes of one name, or a margin for an axis that does not exist.
     """
-    axes = (*free_axes(workload.work_unit), *workload.axes)
+    axes = (*free_axes(workload.work_unit), *workload.axes_for(params or {}))
     names = [axis.name for axis in axes]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:

@@ -171,7 +171,8 @@ def parse_config(data: Mapping[str, Any], base_dir: str | Path = ".") -> RunConf
     """Validate a config given as a mapping.
 
     A string is taken as a path when its key is ``model``, ``tasks``, ``path`` or ends in ``_path``, ``_dir``
-    or ``_file``, or when it contains a slash, and the path exists under ``base_dir``; other strings stay.
+    or ``_file``, or when it contains a slash, and the path exists under ``base_dir``; of ``prefix:path`` (a
+    task of lm_eval in a folder) the path's folder. Other strings stay.
 
     Raises:
         ValueError: with the path of the key at fault.
@@ -253,6 +254,9 @@ def _resolve_paths(value: Any, base: Path, key: str = "") -> Any:
         is_path = "/" in value or key in _PATH_KEYS or key.endswith(_PATH_SUFFIXES)
         if is_path and (base / value).exists():
             return str((base / value).resolve())
+        prefix, colon, rest = value.partition(":")
+        if colon and "/" in rest and (base / rest).parent.is_dir():
+            return f"{prefix}:{(base / rest).resolve()}"
     return value
 
 

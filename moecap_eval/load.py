@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,21 @@ def poisson_arrivals(rate: float, count: int, *, seed: int = 0) -> NDArray[np.fl
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     return np.cumsum(np.random.default_rng(seed).exponential(1.0 / rate, size=count))
+
+
+def read_arrivals(path: str | Path) -> NDArray[np.float64]:
+    """Arrival times of a recorded trace: one number a line, seconds, ascending; the first one becomes 0.
+
+    Raises:
+        ValueError: a line that is no number, times that go back, or no line.
+    """
+    try:
+        times = np.array([float(line) for line in Path(path).read_text().splitlines() if line.strip()])
+    except ValueError as error:
+        raise ValueError(f"{path}: an arrival must be a number of seconds a line: {error}") from None
+    if not times.size or not np.isfinite(times).all() or (np.diff(times) < 0).any():
+        raise ValueError(f"{path}: arrivals must be finite numbers in ascending order, at least one")
+    return times - times[0]
 
 
 @dataclass(frozen=True, eq=False)

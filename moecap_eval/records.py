@@ -309,6 +309,8 @@ def step_from_json(data: Mapping[str, Any]) -> StepRecord:
     for name in ("experts_touched", "experts_loaded"):
         if fields.get(name) is not None:
             fields[name] = {int(layer): int(count) for layer, count in fields[name].items()}
+    windowed = fields.get("windowed") or {}
+    fields["windowed"] = {int(window): tuple(counts) for window, counts in windowed.items()}
     return StepRecord(**fields)
 
 

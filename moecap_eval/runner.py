@@ -108,7 +108,7 @@ def run(
     config = config.restricted(arms, limit)
     folder = Path(out_dir)
     workload = load_workload(config.workload)
-    axes = run_axes(workload, config.compare.margins)
+    axes = run_axes(workload, config.compare.margins, config.workload_params)
     items = workload.items(config.workload_params, config.seed)[: config.limit]
     ids = [item.id for item in items]
     if len(set(ids)) != len(ids):
@@ -299,14 +299,17 @@ class _Run:
         size = len(self.ids) // self.config.compare.blocks
         command = {"command": "run", "start": block * size, "stop": (block + 1) * size}
         started_s = time.time() - self.created_s
+        process, timeout_s = self.processes[name], self.config.compare.timeout_s
         self.meter.begin()
         try:
-            reply = self.processes[name].ask(command, self.config.compare.timeout_s)
+            try:
+                process.ask(command, timeout_s)
+            finally:
+                energy = self.meter.end()
+            reply = process.ask({"command": "collect"}, timeout_s)
         except ArmFailure as failure:
-            self.meter.end()
             self._fail(name, block, failure)
             return
-        energy = self.meter.end()
         usd = None
         if self.config.has_cost:
             usd = self.config.cost.usd(reply["wall_s"], energy.joules, self.memory[name] or None)

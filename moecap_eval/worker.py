@@ -63,7 +63,7 @@ def _answer(arm: _Arm, command: Mapping[str, Any]) -> dict[str, Any]:
             return arm.open(command)
         if command["command"] == "warm_up":
             return arm.warm_up(command)
-        return arm.run(command)
+        return arm.run(command) if command["command"] == "run" else arm.collect()
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -84,6 +84,7 @@ class _Arm:
     def __init__(self) -> None:
         self._system: System | None = None
         self._items: Sequence[Item] = ()
+        self._block: tuple[Sequence[Item], float, BlockResult] | None = None
 
     @property
     def system(self) -> System:
@@ -120,10 +121,19 @@ class _Arm:
         }
 
     def run(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Work on a block; what it was is told by ``collect``, when the runner has read its energy meter."""
         items = self._items[command["start"] : command["stop"]]
         begin = self.system.clock()
         result = self.system.run(items)
-        wall_s = self.system.clock() - begin
+        self._block = items, self.system.clock() - begin, result
+        return {"event": "worked"}
+
+    def collect(self) -> dict[str, Any]:
+        if self._block is None:
+            raise RuntimeError("no block has been run")
+        (items, wall_s, result), self._block = self._block, None
+        if result.finish is not None:
+            result.finish(result)
         _check(result, items, wall_s)
         values, reasons = _finite(result.values, result.reasons)
         return {

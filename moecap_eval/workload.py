@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -61,7 +61,12 @@ class StepRecord:
 
     Rows of padding are in no count except ``experts_loaded``. ``kv_tokens_read`` sums, over the pass's
     requests, the cached positions attended, this pass's own included; ``attended_positions`` counts
-    (query, key) pairs under the causal mask, so a prefill of T tokens has T(T+1)/2.
+    (query, key) pairs under the causal mask, so a prefill of T tokens has T(T+1)/2. ``windowed`` holds both
+    for layers with a sliding window, by its length and clipped request by request.
+
+    With speculative decoding ``tokens`` and ``sampled_tokens`` hold the drafts that the pass checks;
+    ``accepted_tokens`` are the sampled ones that stand (accepted drafts and one per request), None without
+    speculation or where the engine does not tell; ``draft_bytes`` were read to propose the next drafts.
     """
 
     duration_s: float
@@ -75,13 +80,18 @@ class StepRecord:
     experts_loaded: Mapping[int, int] | None = None
     moved_bytes: Mapping[str, int] = field(default_factory=dict)
     invalid: str | None = None
+    accepted_tokens: int | None = None
+    draft_bytes: int = 0
+    windowed: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
 class BlockResult:
     """What ``System.run`` returns for a block: ``work`` in the workload's unit, block-level axis values.
 
-    A value that could not be measured is None, never 0.0; ``reasons`` then says why, by axis name.
+    A value that could not be measured is None, never 0.0; ``reasons`` then says why, by axis name. ``finish``
+    is called on the result when the block's time and energy have been taken: for what is no part of the work,
+    such as scoring that needs the engine again.
     """
 
     work: float
@@ -89,6 +99,7 @@ class BlockResult:
     samples: list[Sample] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    finish: Callable[[BlockResult], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,10 @@ class System(ABC):
         return {}
 
     def clock(self) -> float:
-        """Seconds on the clock by which the harness times ``run``; a simulation has its own."""
+        """Seconds on the clock by which the harness times ``run``.
+
+        A simulation has its own; a system that reads counters within ``run`` lets its clock stand still.
+        """
         return time.perf_counter()
 
     def close(self) -> None:  # noqa: B027 - optional, most systems hold nothing
@@ -159,6 +173,10 @@ class Workload(ABC):
     @abstractmethod
     def items(self, params: Mapping[str, Any], seed: int) -> Sequence[Item]:
         """The items of a run; the same params and seed give the same items. Imports no framework."""
+
+    def axes_for(self, params: Mapping[str, Any]) -> tuple[Axis, ...]:
+        """The axes of a run with these params; all of ``axes`` by default."""
+        return self.axes
 
     @abstractmethod
     def open(self, arm: ArmConfig, context: RunContext) -> System:

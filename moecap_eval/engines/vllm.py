@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from moecap_eval.accounting import draft_bytes
 from moecap_eval.engines.vllm_worker import CPU_WORKER, GPU_WORKER
+from moecap_eval.load import LoadReport
 from moecap_eval.model_spec import ModelSpec
 from moecap_eval.routing import RoutingTrace
 from moecap_eval.workload import StepRecord
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 _SUPPORTED_FROM = "0.25.1"
+_CALLS = itertools.count()  # makes the ids of requests unique
 # Read by vLLM when it is imported. One process and no thread pinning: the harness keeps several engines
 # alive on the same cores, one working at a time.
 _CPU_ENVIRONMENT = {
@@ -26,6 +32,7 @@ _CPU_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _CPU_KV_CACHE_BYTES = 1 << 28
+_PROPOSERS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
 
 
 def open_llm(model: str, *, profile: bool = True, moved_bytes: str | None = None, **engine_args: Any) -> LLM:
@@ -102,24 +109,21 @@ def _cpu_arguments(engine_args: dict[str, Any], profile: bool) -> dict[str, Any]
 def _configure(llm: LLM, moved_bytes: str | None, record_routing: bool = False) -> None:
     import vllm
 
+    try:
+        spec = model_spec(llm)
+    except ValueError:  # a family the accounting does not know: recording still works
+        spec = None
+    windows = sorted({layer.window for layer in spec.layers if layer.window}) if spec else []
+    arguments = (moved_bytes, record_routing, windows)
     observed = {
-        layer
-        for layers in llm.collective_rpc("moecap_configure", args=(moved_bytes, record_routing))
-        for layer in layers
+        layer for layers in llm.collective_rpc("moecap_configure", args=arguments) for layer in layers
     }
-    expected = _moe_layers(llm)
-    if expected is not None and not expected <= observed:
+    expected = set(spec.moe_layers) if spec else set()
+    if not expected <= observed:
         raise RuntimeError(
             f"model has {len(expected)} MoE layers but {len(expected - observed)} routers could not be "
             f"observed (vLLM {vllm.__version__}; needs {_SUPPORTED_FROM} or later); set moe_backend: triton"
         )
-
-
-def _moe_layers(llm: LLM) -> set[int] | None:
-    try:
-        return set(model_spec(llm).moe_layers)
-    except ValueError:  # a family the accounting does not know: recording still works
-        return None
 
 
 def model_spec(llm: LLM) -> ModelSpec:
@@ -167,16 +171,65 @@ def generate(
         max_new_tokens: for all, or one limit per prompt.
         stop: strings that end an answer, per prompt; none by default.
     """
-    from vllm import SamplingParams
-
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    stops = stop or [()] * len(prompts)
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=limit, stop=list(words) or None)
-        for limit, words in zip(limits, stops, strict=True)
-    ]
+    params = _greedy(len(prompts), max_new_tokens, stop)
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
     return [_generation(output) for output in outputs]
+
+
+def _greedy(count: int, max_new_tokens: int | Sequence[int], stop: Sequence[Sequence[str]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
+    return [
+        SamplingParams(temperature=0.0, max_tokens=limit, stop=list(words) or None)
+        for limit, words in zip(limits, stop or [()] * count, strict=True)
+    ]
+
+
+def serve(
+    llm: LLM,
+    prompts: Sequence[str],
+    arrivals_s: NDArray[np.float64],
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop: Sequence[Sequence[str]] = (),
+) -> tuple[list[Generation], LoadReport]:
+    """Greedy answers to ``prompts``, each offered when it is due, whether or not earlier ones are answered.
+
+    Args:
+        llm: an engine of ``open_llm``, with nothing else to do.
+        prompts: in the order of their arrival.
+        arrivals_s: float64 ``[prompts]``, when each is due, seconds from the call, ascending.
+        max_new_tokens: for all, or one limit per prompt.
+        stop: strings that end an answer, per prompt; none by default.
+
+    Returns:
+        The answers in the order of ``prompts``, and latencies from the scheduled arrivals. A request that
+        comes due while the engine computes a pass is offered after that pass, and its wait counts.
+    """
+    params = _greedy(len(prompts), max_new_tokens, stop)
+    requests = llm.llm_engine
+    count, call = len(prompts), next(_CALLS)
+    answers: dict[int, Generation] = {}
+    latency_s, lateness_s = np.full(count, np.nan), np.zeros(count)
+    begin, offered = time.perf_counter(), 0
+    while len(answers) < count:
+        now = time.perf_counter() - begin
+        while offered < count and arrivals_s[offered] <= now:
+            requests.add_request(f"moecap-{call}-{offered}", prompts[offered], params[offered])
+            lateness_s[offered] = now - arrivals_s[offered]
+            offered += 1
+        if not requests.has_unfinished_requests():
+            time.sleep(max(0.0, float(arrivals_s[offered]) - (time.perf_counter() - begin)))
+            continue
+        for output in requests.step():
+            if output.finished:
+                number = int(output.request_id.rpartition("-")[2])
+                answers[number] = _generation(output)
+                latency_s[number] = time.perf_counter() - begin - arrivals_s[number]
+    duration_s = time.perf_counter() - begin
+    report = LoadReport(latency_s, lateness_s, rejected=0, failed=0, duration_s=duration_s)
+    return [answers[number] for number in range(count)], report
 
 
 def _generation(output: Any) -> Generation:
@@ -233,10 +286,30 @@ def drain_steps(llm: LLM) -> list[StepRecord]:
     """The passes since the last drain, in order.
 
     Ranks are merged: rank 0 speaks for what all compute alike, pipeline stages add their layers, the
-    slowest rank gives the duration, and moved bytes add up.
+    slowest rank gives the duration, and moved bytes add up. With speculative decoding, bytes of a draft
+    model are added by its schedule; passes with a proposer that the accounting does not know are invalid.
     """
     per_rank = llm.collective_rpc("moecap_drain")
-    return [_merge(ranks) for ranks in zip(*per_rank, strict=True)]
+    steps = [_merge(ranks) for ranks in zip(*per_rank, strict=True)]
+    speculative = llm.llm_engine.vllm_config.speculative_config
+    return steps if speculative is None else [_with_drafts(step, speculative) for step in steps]
+
+
+def _with_drafts(step: StepRecord, speculative: Any) -> StepRecord:
+    """The pass with the bytes that proposing the next drafts takes."""
+    if speculative.method in _PROPOSERS_WITHOUT_WEIGHTS:
+        return step
+    try:
+        if speculative.method != "draft_model":
+            raise ValueError(f"the bytes of a proposer of kind {speculative.method!r} are not known")
+        config = speculative.draft_model_config
+        dtype = str(config.dtype).removeprefix("torch.")
+        draft = ModelSpec.from_config(
+            _json_values(config.hf_text_config.to_dict()), weight_dtype=dtype, kv_dtype=dtype
+        )
+        return replace(step, draft_bytes=draft_bytes(draft, step, speculative.num_speculative_tokens))
+    except ValueError as error:
+        return replace(step, invalid=step.invalid or f"speculative decoding: {error}")
 
 
 def _merge(ranks: Sequence[dict[str, Any]]) -> StepRecord:
@@ -247,6 +320,8 @@ def _merge(ranks: Sequence[dict[str, Any]]) -> StepRecord:
     fields["experts_loaded"] = {**fields["experts_touched"], **_union(loaded)} if loaded else None
     links = {link for rank in ranks for link in rank["moved_bytes"]}
     fields["moved_bytes"] = {link: sum(rank["moved_bytes"].get(link, 0) for rank in ranks) for link in links}
+    # Messages between processes turn tuples into lists.
+    fields["windowed"] = {window: tuple(counts) for window, counts in fields["windowed"].items()}
     fields["invalid"] = next((rank["invalid"] for rank in ranks if rank["invalid"]), None)
     return StepRecord(**fields)
 

@@ -8,7 +8,7 @@ made on first use, because importing the CPU worker fails on a CUDA build.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moecap_eval.engines.counters import HostPassCounters, PassCounters, PassCounts
+from moecap_eval.accounting import clip_to_window
+from moecap_eval.engines.counters import HostPassCounters, PassCounts
+from moecap_eval.engines.device_counters import DevicePassCounters
 
 CPU_WORKER = f"{__name__}.ProfilingCPUWorker"
 GPU_WORKER = f"{__name__}.ProfilingGPUWorker"
@@ -46,20 +48,26 @@ class _Shape:
     sampled_tokens: int
     kv_tokens_read: int
     attended_positions: int
+    windowed: dict[int, tuple[int, int]]
 
     @classmethod
-    def of(cls, scheduled: Any) -> _Shape:
+    def of(cls, scheduled: Any, windows: Sequence[int]) -> _Shape:
         cached = scheduled.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         kv_tokens = pairs = 0
+        clipped = dict.fromkeys(windows, (0, 0))
         for request, tokens in scheduled.num_scheduled_tokens.items():
             past = computed[request]
             kv_tokens += past + tokens
             pairs += tokens * past + tokens * (tokens + 1) // 2
+            for window, sums in clipped.items():
+                read, seen = clip_to_window(past, tokens, window)
+                clipped[window] = sums[0] + read, sums[1] + seen
         drafts = sum(len(tokens) for tokens in scheduled.scheduled_spec_decode_tokens.values())
         requests = len(scheduled.num_scheduled_tokens)
-        return cls(scheduled.total_num_scheduled_tokens, requests, requests + drafts, kv_tokens, pairs)
+        rows = scheduled.total_num_scheduled_tokens
+        return cls(rows, requests, requests + drafts, kv_tokens, pairs, clipped)
 
 
 class _ProfilingMixin:
@@ -70,22 +78,28 @@ class _ProfilingMixin:
         self._moecap = _Recorder(self)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        if scheduler_output.total_num_scheduled_tokens == 0:
+        if self._moecap.paused or scheduler_output.total_num_scheduled_tokens == 0:
             return super().execute_model(scheduler_output)  # type: ignore[misc]
-        self._moecap.begin(_Shape.of(scheduler_output))
+        self._moecap.begin(_Shape.of(scheduler_output, self._moecap.windows))
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if output is not None:  # else vLLM samples in a second call, which belongs to this pass
-            self._moecap.end()
+            self._moecap.end(output)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        self._moecap.end()
+        self._moecap.end(output)
         return output
 
-    def moecap_configure(self, moved_bytes: str | None, record_routing: bool) -> list[int]:
+    def moecap_configure(
+        self, moved_bytes: str | None, record_routing: bool, windows: Sequence[int] = ()
+    ) -> list[int]:
         """Set what to record; returns the layer ids whose routers are observed."""
-        return self._moecap.configure(moved_bytes, record_routing)
+        return self._moecap.configure(moved_bytes, record_routing, windows)
+
+    def moecap_pause(self, paused: bool) -> None:
+        """Record no pass until called with False."""
+        self._moecap.paused = paused
 
     def moecap_drain(self) -> list[dict[str, Any]]:
         """Fields of the ``StepRecord`` of each pass since the last call, in order."""
@@ -117,30 +131,37 @@ class _Recorder:
 
     def __init__(self, worker: Any) -> None:
         self._runner = worker.model_runner
+        self.paused = False
+        self.windows: tuple[int, ...] = ()
         config = worker.vllm_config
+        self._speculates = config.speculative_config is not None
+        if config.parallel_config.use_ubatching:
+            raise RuntimeError(
+                "passes cut into micro-batches on two streams cannot be profiled: turn enable_dbo off"
+            )
         self._layers = _moe_layers(self._runner.get_model())
         self._layer_ids = [layer.layer_id for layer in self._layers]
         self._top_k = self._layers[0].router.top_k if self._layers else 0
         num_experts = _num_logical_experts(self._layers[0]) if self._layers else 0
-        padded_rows = config.compilation_config.max_cudagraph_capture_size or 0
-        sizes = {
+        graph_rows = config.compilation_config.max_cudagraph_capture_size or 0
+        sizes: dict[str, Any] = {
             "num_layers": len(self._layers),
             "num_experts": num_experts,
             "top_k": self._top_k,
-            "max_rows": max(config.scheduler_config.max_num_batched_tokens, padded_rows),
-            "vocab_size": config.model_config.get_vocab_size(),
+            "max_rows": max(config.scheduler_config.max_num_batched_tokens, graph_rows),
+            "input_ids": _input_ids(self._runner),
         }
-        if worker.device.type == "cpu":
-            self._counters: PassCounters = HostPassCounters(**sizes)
-        else:
-            self._counters = PassCounters(**sizes, padded_rows=padded_rows, device=worker.device)
+        self._counters: HostPassCounters | DevicePassCounters = (
+            HostPassCounters(**sizes)
+            if worker.device.type == "cpu"
+            else DevicePassCounters(**sizes, graph_rows=graph_rows, device=worker.device)
+        )
         self._bound: list[Callable[[Tensor], None]] = []
         self._bind()
-        self._input_ids = _input_ids_source(self._runner)
         self._moved_bytes: Callable[[], dict[str, int]] | None = None
         self._record_routing = False
         self._current: _Shape | None = None
-        self._pending: list[tuple[_Shape, dict[str, int]]] = []
+        self._pending: list[tuple[_Shape, dict[str, int], int | None]] = []
         self._steps: list[dict[str, Any]] = []
         self._routing: tuple[list[np.ndarray], list[int]] = ([], [])
         self._checked = False
@@ -152,7 +173,8 @@ class _Recorder:
             layer.router.set_capture_fn(bound)
             self._bound.append(bound)
 
-    def configure(self, moved_bytes: str | None, record_routing: bool) -> list[int]:
+    def configure(self, moved_bytes: str | None, record_routing: bool, windows: Sequence[int]) -> list[int]:
+        self.windows = tuple(windows)
         self._moved_bytes = _load_function(moved_bytes) if moved_bytes else None
         self._record_routing = record_routing
         return list(self._layer_ids)
@@ -172,12 +194,13 @@ class _Recorder:
                 )
         self._checked = True
 
-    def end(self) -> None:
+    def end(self, output: Any) -> None:
         if self._current is None:
             return
-        self._counters.end(self._current.tokens, self._input_ids())
+        self._counters.end(self._current.tokens)
         moved = dict(self._moved_bytes()) if self._moved_bytes else {}
-        self._pending.append((self._current, moved))
+        accepted = _accepted_tokens(output) if self._speculates else None
+        self._pending.append((self._current, moved, accepted))
         self._current = None
 
     def drain(self) -> list[dict[str, Any]]:
@@ -192,8 +215,8 @@ class _Recorder:
 
     def _collect(self) -> None:
         pending, self._pending = self._pending, []
-        for (shape, moved), counts in zip(pending, self._counters.drain(), strict=True):
-            self._steps.append(self._step(shape, moved, counts))
+        for (shape, moved, accepted), counts in zip(pending, self._counters.drain(), strict=True):
+            self._steps.append({**self._step(shape, moved, counts), "accepted_tokens": accepted})
             if self._record_routing:
                 self._routing[0].append(counts.counts)
                 self._routing[1].append(shape.tokens)
@@ -213,6 +236,7 @@ class _Recorder:
             "experts_loaded": loaded,
             "moved_bytes": moved,
             "invalid": self._hole(shape, counts),
+            "windowed": shape.windowed,
         }
 
     def _by_layer(self, values: np.ndarray) -> dict[int, int]:
@@ -256,16 +280,24 @@ def _num_logical_experts(layer: Any) -> int:
     return int(getattr(config, "num_logical_experts", None) or config.num_experts)
 
 
-def _input_ids_source(runner: Any) -> Callable[[], Tensor]:
-    """How to reach the token ids of the pass just run, in both of vLLM's model runners."""
-    if hasattr(getattr(runner, "input_ids", None), "gpu"):
-        return lambda: runner.input_ids.gpu
-    if hasattr(getattr(runner, "input_buffers", None), "input_ids"):
-        return lambda: runner.input_buffers.input_ids
-    raise RuntimeError(
-        f"{type(runner).__name__} has neither input_ids.gpu nor input_buffers.input_ids: "
-        "this vLLM keeps its token ids elsewhere"
-    )
+def _input_ids(runner: Any) -> Tensor:
+    """The buffer in which each pass finds its token ids, in both of vLLM's model runners."""
+    buffer = getattr(getattr(runner, "input_ids", None), "gpu", None)
+    if buffer is None:
+        buffer = getattr(getattr(runner, "input_buffers", None), "input_ids", None)
+    if buffer is None:
+        raise RuntimeError(
+            f"{type(runner).__name__} has neither input_ids.gpu nor input_buffers.input_ids: "
+            "this vLLM keeps its token ids elsewhere"
+        )
+    return buffer
+
+
+def _accepted_tokens(output: Any) -> int | None:
+    """Sampled tokens that stand; None where vLLM brings them to the host later (asynchronous scheduling)."""
+    ids = getattr(output, "sampled_token_ids", None)
+    # A request whose prompt is not finished samples one token, which is dropped.
+    return sum(max(1, len(of_request)) for of_request in ids) if ids else None
 
 
 def _load_function(name: str) -> Callable[[], dict[str, int]]:

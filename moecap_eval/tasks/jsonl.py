@@ -36,11 +36,29 @@ class Question:
         return {"exact_match": exact_match(output, self.target, self.stop)}
 
 
-def load_items(tasks: str | Path, limit: int | None = None, seed: int = 0) -> list[Item]:
+@dataclass(frozen=True)
+class Choice:
+    """A question answered by the likeliest continuation: scored on the running engine, never timed.
+
+    ``pairs`` are (context, continuation) texts; ``score`` maps their log-likelihoods, each with whether the
+    continuation is the greedy one, to scores by metric name, the first one being the main.
+    """
+
+    task: str
+    prompt: str
+    target: str
+    pairs: tuple[tuple[str, str], ...]
+    score: Callable[[Sequence[tuple[float, bool]]], dict[str, float]]
+
+
+def load_items(
+    tasks: str | Path | Sequence[str | Path], limit: int | None = None, seed: int = 0
+) -> list[Item]:
     """Equally many items of each task, interleaved by task, so that any stretch holds all tasks.
 
     Args:
-        tasks: a JSONL file (one task, named like the file), a folder of them, or ``lm_eval:<task>``.
+        tasks: a JSONL file (one task, named like the file), a folder of them, ``lm_eval:<task>``, or a list
+            of these, which then share ``limit`` equally and are spread evenly over the result.
         limit: at most this many items in all.
         seed: of the choice within each task.
 
@@ -48,13 +66,28 @@ def load_items(tasks: str | Path, limit: int | None = None, seed: int = 0) -> li
         FileNotFoundError: no such file, or a folder without ``*.jsonl``.
         ValueError: a bad line (file and line number), an id used twice, a limit below the number of tasks.
     """
-    if str(tasks).startswith(LM_EVAL_PREFIX):
-        from moecap_eval.tasks.lm_eval_bridge import generation_items
+    sources = [tasks] if isinstance(tasks, str | Path) else list(tasks)
+    if not sources:
+        raise ValueError("tasks: at least one is needed")
+    share = None if limit is None else limit // len(sources)
+    if share == 0:
+        raise ValueError(f"limit {limit} is below the number of task sources ({len(sources)})")
+    chosen = [_interleave(_by_task(source), share, seed) for source in sources]
+    check_unique([item for items in chosen for item in items])
+    placed = [
+        ((index + 0.5) / len(items), source, item)
+        for source, items in enumerate(chosen)
+        for index, item in enumerate(items)
+    ]
+    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
 
-        by_task = generation_items(str(tasks).removeprefix(LM_EVAL_PREFIX))
-    else:
-        by_task = {path.stem: _read(path) for path in _files(Path(tasks))}
-    return _interleave(by_task, limit, seed)
+
+def _by_task(source: str | Path) -> dict[str, list[Item]]:
+    if str(source).startswith(LM_EVAL_PREFIX):
+        from moecap_eval.tasks.lm_eval_bridge import task_items
+
+        return task_items(str(source).removeprefix(LM_EVAL_PREFIX))
+    return {path.stem: _read(path) for path in _files(Path(source))}
 
 
 def _files(path: Path) -> list[Path]:
@@ -99,13 +132,17 @@ def _entry(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
-def _interleave(by_task: Mapping[str, Sequence[Item]], limit: int | None, seed: int) -> list[Item]:
+def check_unique(items: Sequence[Item]) -> None:
+    """Raise ValueError where two items have one id."""
     seen: set[str] = set()
-    for items in by_task.values():
-        for item in items:
-            if item.id in seen:
-                raise ValueError(f"item id {item.id!r} occurs twice in the tasks")
-            seen.add(item.id)
+    for item in items:
+        if item.id in seen:
+            raise ValueError(f"item id {item.id!r} occurs twice in the tasks")
+        seen.add(item.id)
+
+
+def _interleave(by_task: Mapping[str, Sequence[Item]], limit: int | None, seed: int) -> list[Item]:
+    check_unique([item for items in by_task.values() for item in items])
     empty = [task for task, items in by_task.items() if not items]
     if empty:
         raise ValueError(f"task {empty[0]!r} has no item of split 'test'")

@@ -1,8 +1,9 @@
 """lm_eval tasks on an engine that is already running.
 
-Generation tasks become items, so that their requests are the timed ones; each answer is scored by the
-task's own filters and metric. Likelihood tasks (``evaluate``) give accuracy alone. ``lm_eval:gsm8k`` names a
-task of lm_eval, ``lm_eval:my/folder/my_task`` one defined by a YAML file in that folder.
+Generation tasks become questions, whose requests are the timed ones; each answer is scored by the task's own
+filters and metric. Likelihood tasks become choices, scored on the same engine beside the clock.
+``lm_eval:gsm8k`` names a task of lm_eval, ``lm_eval:my/folder/my_task`` one defined by a YAML file in that
+folder.
 """
 
 from __future__ import annotations
@@ -12,37 +13,42 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecap_eval.tasks.jsonl import Question
+from moecap_eval.tasks.jsonl import Choice, Question
 from moecap_eval.workload import Item
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 
-def generation_items(spec: str) -> dict[str, list[Item]]:
-    """Items of a generation task (or of each task of a group), with lm_eval's prompts and scores.
+_LIKELIHOODS = ("multiple_choice", "loglikelihood")
 
-    An item's id is ``<task>/<doc_id>/<doc_hash>``, lm_eval's own key of a document.
+
+def task_items(spec: str) -> dict[str, list[Item]]:
+    """Items of a task (or of each task of a group), with lm_eval's prompts and scores.
+
+    Generation tasks give ``Question``s, tasks that compare likelihoods ``Choice``s. An item's id is
+    ``<task>/<doc_id>/<doc_hash>``, lm_eval's own key of a document.
 
     Raises:
         ImportError: lm_eval is not installed.
-        ValueError: an unknown task, one whose data cannot be had here, or one that scores likelihoods.
+        ValueError: an unknown task, one whose data cannot be had here, or one that scores whole documents.
     """
-    return {name: _task_items(name, task) for name, task in _generation_tasks(spec).items()}
-
-
-def _generation_tasks(spec: str) -> dict[str, ConfigurableTask]:
     tasks = _load_tasks(spec)
-    scoring = [name for name, task in tasks.items() if task.OUTPUT_TYPE != "generate_until"]
-    if scoring:
-        raise ValueError(
-            f"lm_eval task {scoring[0]!r} scores likelihoods and generates nothing to time; "
-            f"get its accuracy by moecap_eval.tasks.lm_eval_bridge.evaluate(llm, {spec!r})"
-        )
-    return tasks
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in ("generate_until", *_LIKELIHOODS):
+            raise ValueError(
+                f"lm_eval task {name!r} ({task.OUTPUT_TYPE}) scores whole documents and has no answers; get "
+                f"its figures by moecap_eval.tasks.lm_eval_bridge.evaluate(llm, {spec!r})"
+            )
+    return {
+        name: _choices(name, task) if task.OUTPUT_TYPE in _LIKELIHOODS else _questions(name, task)
+        for name, task in tasks.items()
+    }
 
 
 def _load_tasks(spec: str) -> dict[str, ConfigurableTask]:
@@ -74,7 +80,7 @@ def _manager(spec: str) -> tuple[Any, str]:
     return manager, name
 
 
-def _task_items(name: str, task: ConfigurableTask) -> list[Item]:
+def _questions(name: str, task: ConfigurableTask) -> list[Item]:
     task.build_all_requests(rank=0, world_size=1)
     items = []
     for instance in task.instances:
@@ -88,8 +94,57 @@ def _task_items(name: str, task: ConfigurableTask) -> list[Item]:
             max_new_tokens=options.get("max_gen_toks"),
             scorer=_Scorer(task, instance),
         )
-        items.append(Item(f"{name}/{instance.doc_id}/{_document_hash(instance.doc)}", question))
+        items.append(Item(_item_id(name, instance), question))
     return items
+
+
+def _choices(name: str, task: ConfigurableTask) -> list[Item]:
+    """One item a document, whatever number of likelihoods lm_eval asks for."""
+    task.build_all_requests(rank=0, world_size=1)
+    by_document: dict[int, list[Any]] = {}
+    for instance in task.instances:
+        by_document.setdefault(instance.doc_id, []).append(instance)
+    items = []
+    for instances in by_document.values():
+        instances.sort(key=lambda instance: instance.idx)
+        first = instances[0]
+        choice = Choice(
+            task=name,
+            prompt=first.args[0],
+            target=str(task.doc_to_target(first.doc)),
+            pairs=tuple(instance.args for instance in instances),
+            score=partial(_likelihood_scores, task, first.doc),
+        )
+        items.append(Item(_item_id(name, first), choice))
+    return items
+
+
+def _likelihood_scores(
+    task: ConfigurableTask, document: Any, likelihoods: Sequence[tuple[float, bool]]
+) -> dict[str, float]:
+    results = task.process_results(document, list(likelihoods))
+    scores = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
+    if not scores:
+        raise ValueError(f"lm_eval task {task.config.task!r} gives no score for a single document")
+    return scores
+
+
+def score_choices(llm: Any, choices: Sequence[Choice]) -> list[dict[str, float]]:
+    """Scores of each choice by metric, its likelihoods taken from the running engine ``llm``."""
+    requests = [_Request(pair) for choice in choices for pair in choice.pairs]
+    likelihoods = iter(engine_model(llm).loglikelihood(requests, disable_tqdm=True))
+    return [choice.score([next(likelihoods) for _ in choice.pairs]) for choice in choices]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What lm_eval's models read of an instance."""
+
+    args: tuple[str, str]
+
+
+def _item_id(name: str, instance: Any) -> str:
+    return f"{name}/{instance.doc_id}/{_document_hash(instance.doc)}"
 
 
 class _Scorer:
@@ -123,7 +178,9 @@ def export_jsonl(spec: str, folder: str | Path) -> list[Path]:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, items in generation_items(spec).items():
+    for name, items in task_items(spec).items():
+        if any(isinstance(item.payload, Choice) for item in items):
+            raise ValueError(f"lm_eval task {name!r} scores likelihoods, which a JSONL file cannot hold")
         path = target / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
         lines = [json.dumps(_line(item), ensure_ascii=False) for item in items]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

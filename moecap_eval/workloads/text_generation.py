@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moecap_eval.accounting import s_mbu, s_mfu
 from moecap_eval.config import unknown_key
 from moecap_eval.model_spec import ModelSpec
-from moecap_eval.tasks import load_items
+from moecap_eval.tasks import Choice, load_items
 from moecap_eval.workload import (
     ArmConfig,
     Axis,
@@ -23,60 +26,23 @@ from moecap_eval.workload import (
     System,
     Workload,
 )
+from moecap_eval.workloads.text_params import TextParams, listed
 
 if TYPE_CHECKING:
     from moecap_eval.engines.vllm import Generation
     from moecap_eval.hardware import HardwareProfile
+    from moecap_eval.load import LoadReport
 
-_DEFAULTS: Mapping[str, Any] = {
-    "model": None,
-    "tasks": None,
-    "limit": None,
-    "max_new_tokens": 32,
-    "concurrency": 32,
-    "threads": None,
-}
-
-
-@dataclass(frozen=True)
-class TextParams:
-    """The ``params`` section of a text workload, checked.
-
-    ``threads`` limits the threads of an engine on a CPU; small models are fastest, and steadiest, on one.
-    """
-
-    model: str
-    tasks: str
-    limit: int | None
-    max_new_tokens: int
-    concurrency: int
-    threads: int | None = None
-
-    @classmethod
-    def from_mapping(cls, params: Mapping[str, Any]) -> TextParams:
-        """Check types and names; ValueError says which key is wrong and what it may be."""
-        for key in params:
-            if key not in _DEFAULTS:
-                raise ValueError(unknown_key(f"params.{key}", list(_DEFAULTS)))
-        values = {**_DEFAULTS, **params}
-        for key in ("model", "tasks"):
-            if not isinstance(values[key], str) or not values[key]:
-                raise ValueError(f"params.{key} is required: a path or a name, got {values[key]!r}")
-        for key in ("limit", "max_new_tokens", "concurrency", "threads"):
-            value = values[key]
-            if key in ("limit", "threads") and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"params.{key} must be a positive integer, got {value!r}")
-        return cls(**values)
+__all__ = ["TextGeneration", "TextParams", "TextSystem"]
 
 
 class TextGeneration(Workload):
     """Answers the questions of ``params.tasks`` with ``params.model`` in vLLM.
 
-    Every block's items are offered at once and at most ``params.concurrency`` run at a time, so a request
-    starts when another one ends. A subclass names itself, adds arm options, and turns them into engine
-    arguments.
+    Every block's items are offered at once, or when ``params.arrivals`` says, and at most
+    ``params.concurrency`` run at a time. Questions that are answered by comparing likelihoods (lm_eval's
+    ``mmlu``, say) are scored on the same engine when the block has been timed. A subclass names itself, adds
+    arm options, and turns them into engine arguments.
     """
 
     name: ClassVar[str] = "text_generation"
@@ -91,10 +57,25 @@ class TextGeneration(Workload):
     arm_options: ClassVar[tuple[str, ...]] = ("engine",)
     moved_bytes: ClassVar[str | None] = None
 
+    def axes_for(self, params: Mapping[str, Any]) -> tuple[Axis, ...]:
+        """With ``arrivals`` also latency from the scheduled arrival, and goodput for an objective."""
+        arrivals = TextParams.from_mapping(params).arrivals
+        if arrivals is None:
+            return self.axes
+        latency = Axis("latency_s", "performance", "s", "lower", "item", margin=0.05, headline=True)
+        goodput = Axis("goodput", "performance", "answers/s", "higher", margin=0.05)
+        return (*self.axes, latency, *([goodput] if arrivals.slo_s else []))
+
     def items(self, params: Mapping[str, Any], seed: int) -> Sequence[Item]:
         """Questions of all tasks, interleaved."""
         checked = TextParams.from_mapping(params)
-        return load_items(checked.tasks, checked.limit, seed)
+        items = load_items(listed(checked.tasks), checked.limit, seed)
+        if all(isinstance(item.payload, Choice) for item in items):
+            raise ValueError(
+                f"params.tasks {checked.tasks!r} only compares likelihoods and generates nothing to time; "
+                "add a task that does: tasks: [that one, this one]"
+            )
+        return items
 
     def open(self, arm: ArmConfig, context: RunContext) -> TextSystem:
         """Start the engine of one arm."""
@@ -147,6 +128,7 @@ class TextSystem(System):
         self.llm, self._params, self._engine = llm, params, engine
         self._facts = engine.facts(llm)
         self._hardware = hardware
+        self._untimed_s = 0.0
         self._spec: ModelSpec | None = None
         self._no_spec = ""
         try:
@@ -155,22 +137,63 @@ class TextSystem(System):
             self._no_spec = str(error)
 
     def run(self, items: Sequence[Item]) -> BlockResult:
-        """Answer all items; ``work`` is the number of generated tokens."""
-        self._engine.drain_steps(self.llm)
-        answers = self._engine.generate(
-            self.llm,
-            [item.payload.prompt for item in items],
-            max_new_tokens=[item.payload.max_new_tokens or self._params.max_new_tokens for item in items],
-            stop=[item.payload.stop for item in items],
-        )
-        steps = self._engine.drain_steps(self.llm)
-        result = BlockResult(
-            work=float(sum(len(answer.token_ids) for answer in answers)),
-            samples=[_sample(item, answer) for item, answer in zip(items, answers, strict=True)],
-            steps=steps,
-        )
-        self._add_utilisation(result, steps)
+        """Answer all questions; ``work`` is the number of generated tokens."""
+        questions = [item for item in items if not isinstance(item.payload, Choice)]
+        choices = [item for item in items if isinstance(item.payload, Choice)]
+        if not questions:
+            raise ValueError("a block holds no question that generates text: use fewer blocks")
+        with self._untimed():
+            self._engine.drain_steps(self.llm)
+        answers, load = self._answer(questions)
+        with self._untimed():
+            steps = self._engine.drain_steps(self.llm)
+            result = BlockResult(
+                work=float(sum(len(answer.token_ids) for answer in answers)),
+                samples=[_sample(item, answer) for item, answer in zip(questions, answers, strict=True)],
+                steps=steps,
+                finish=partial(self._score, choices) if choices else None,
+            )
+            self._add_utilisation(result, steps)
+            if load is not None:
+                self._add_load(result, load)
         return result
+
+    def _answer(self, questions: Sequence[Item]) -> tuple[list[Generation], LoadReport | None]:
+        prompts = [item.payload.prompt for item in questions]
+        limits = [item.payload.max_new_tokens or self._params.max_new_tokens for item in questions]
+        stops = [item.payload.stop for item in questions]
+        arrivals = self._params.arrivals
+        if arrivals is None:
+            return self._engine.generate(self.llm, prompts, max_new_tokens=limits, stop=stops), None
+        # Seeded by the block's first item: every arm gets the same arrivals.
+        due_s = arrivals.times(len(questions), zlib.crc32(questions[0].id.encode()))
+        return self._engine.serve(self.llm, prompts, due_s, max_new_tokens=limits, stop=stops)
+
+    def _add_load(self, result: BlockResult, load: LoadReport) -> None:
+        for sample, latency_s in zip(result.samples, load.latency_s, strict=True):
+            sample.values["latency_s"] = float(latency_s)
+        slo_s = self._params.arrivals.slo_s if self._params.arrivals else None
+        if slo_s is not None:
+            result.values["goodput"] = load.goodput(slo_s)
+
+    @contextlib.contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """Let the clock of the block stand still: counters are read, nobody waits for an answer."""
+        begin = time.perf_counter()
+        yield
+        self._untimed_s += time.perf_counter() - begin
+
+    def clock(self) -> float:
+        """Seconds, those spent on reading counters left out."""
+        return time.perf_counter() - self._untimed_s
+
+    def _score(self, items: Sequence[Item], result: BlockResult) -> None:
+        from moecap_eval.tasks.lm_eval_bridge import score_choices
+
+        for item, scores in zip(items, score_choices(self.llm, [i.payload for i in items]), strict=True):
+            detail = {"prompt": item.payload.prompt, "target": item.payload.target, "scores": scores}
+            values: dict[str, float | None] = {"exact_match": next(iter(scores.values()))}
+            result.samples.append(Sample(item.id, values, detail=detail))
 
     def _add_utilisation(self, result: BlockResult, steps: Sequence[StepRecord]) -> None:
         for name, measure in (("s_mbu", self._s_mbu), ("s_mfu", self._s_mfu)):

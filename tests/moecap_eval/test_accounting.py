@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from moecap_eval.accounting import mbu, mfu, s_mbu, s_mfu, step_bytes, step_flops
+from moecap_eval.accounting import clip_to_window, mbu, mfu, s_mbu, s_mfu, step_bytes, step_flops
 from moecap_eval.model_spec import ModelSpec
 from moecap_eval.workload import StepRecord
 
@@ -225,6 +225,27 @@ def test_sliding_window_pairs_by_enumeration(past: int, tokens: int) -> None:
     step = StepRecord(1.0, tokens, 1, 1, tokens, past + tokens, causal, {0: 1})
     assert step_flops(spec, step)["attention_scores"] == layer.pair_flops * len(pairs)
     assert step_bytes(spec, step)["kv_cache"] == layer.kv_bytes * len({key for _, key in pairs})
+
+
+def test_sliding_windows_are_clipped_request_by_request() -> None:
+    """Three requests of one pass: enumeration, which the sum over requests alone cannot give."""
+    config = tiny.random_config("mixtral", 0, num_hidden_layers=1, sliding_window=4)
+    spec, requests = ModelSpec.from_config(config.to_dict()), [(0, 9), (7, 1), (2, 3)]
+    layer, windowed = spec.layers[0], [clip_to_window(past, tokens, 4) for past, tokens in requests]
+    seen = [
+        {(q, k) for q in range(past, past + tokens) for k in range(past + tokens) if k <= q < k + 4}
+        for past, tokens in requests
+    ]
+    assert windowed == [(len({key for _, key in pairs}), len(pairs)) for pairs in seen]
+    rows = sum(tokens for _, tokens in requests)
+    total = sum(past + tokens for past, tokens in requests)
+    causal = sum(tokens * past + tokens * (tokens + 1) // 2 for past, tokens in requests)
+    sums = tuple(map(sum, zip(*windowed, strict=True)))
+    step = StepRecord(1.0, rows, 3, 3, rows, total, causal, {0: 1}, windowed={4: sums})
+    assert step_flops(spec, step)["attention_scores"] == layer.pair_flops * sums[1]
+    assert step_bytes(spec, step)["kv_cache"] == layer.kv_bytes * sums[0]
+    bound = replace(step, windowed={})
+    assert step_flops(spec, bound)["attention_scores"] > step_flops(spec, step)["attention_scores"]
 
 
 def test_cap07_ratio_of_sums() -> None:

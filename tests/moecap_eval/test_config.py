@@ -134,3 +134,20 @@ def test_any_document_is_understood_or_refused_in_one_line(document):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         parse_config(data)
     assert "\n" not in str(error.value) or any("\n" in str(key) for key in data)
+
+
+def test_lists_of_tasks_and_lm_eval_folders_are_resolved(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "some.jsonl").touch()
+    data = {
+        "name": "x",
+        "workload": "w",
+        "arms": {"a": {}},
+        "params": {"tasks": ["some.jsonl", "lm_eval:own/my_task", "lm_eval:gsm8k", "lm_eval:none/task"]},
+    }
+    assert parse_config(data, tmp_path).params["tasks"] == [
+        str(tmp_path / "some.jsonl"),
+        f"lm_eval:{tmp_path}/own/my_task",
+        "lm_eval:gsm8k",
+        "lm_eval:none/task",
+    ]

@@ -6,14 +6,16 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moecap_eval.accounting import s_mbu, s_mfu
 from moecap_eval.engines import vllm as engine
-from moecap_eval.engines.counters import HostPassCounters, PassCounters
+from moecap_eval.engines.vllm_worker import _Shape
 from moecap_eval.model_spec import ModelSpec
 from moecap_eval.routing import expected_distinct_experts
 from moecap_eval.workload import StepRecord
@@ -205,102 +207,34 @@ def test_open_llm_refuses_what_recording_excludes(model_dir: Path) -> None:
             engine.open_llm(str(model_dir), enforce_eager=False)
 
 
-SIZES = {"num_layers": 2, "num_experts": 6, "top_k": 2, "max_rows": 16, "vocab_size": 50}
-KINDS = ["numpy", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def make_counters(kind: str, padded_rows: int = 0, **sizes: int) -> PassCounters:
-    if kind == "numpy":
-        return HostPassCounters(**{**SIZES, **sizes})
-    return PassCounters(**{**SIZES, **sizes}, padded_rows=padded_rows, device=torch.device(kind))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_counters_count_each_pass(kind: str) -> None:
-    counters, device = make_counters(kind), "cuda" if kind == "cuda" else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    expected = []
-    for rows in (5, 1, 16, 3):
-        ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(2 * rows)])
-        tokens = torch.randint(0, 50, (16,), generator=generator)
-        counters.begin()
-        for slot, layer_ids in enumerate(ids.view(2, rows, 2)):
-            half = rows // 2  # two micro-batches
-            counters.capture(slot)(layer_ids[:half].to(device))
-            counters.capture(slot)(layer_ids[half:].to(device))
-        counters.end(rows, tokens.to(device))
-        counts = [np.bincount(layer.ravel(), minlength=6) for layer in ids.view(2, rows, 2).numpy()]
-        expected.append((counts, tokens[:rows].unique().numel()))
-    passes = counters.drain()
-    assert counters.drain() == []
-    for got, (counts, distinct) in zip(passes, expected, strict=True):
-        assert (got.counts == counts).all()
-        assert (got.loaded == (np.array(counts) > 0).sum(axis=1)).all()
-        assert got.distinct_tokens == distinct
-
-
-def test_counters_tell_padding_from_tokens() -> None:
-    counters = make_counters("cpu", padded_rows=4)
-    for _ in range(2):
-        counters.begin()
-        for slot in range(2):
-            counters.capture(slot)(torch.tensor([[0, 1], [2, 3], [4, 5], [4, 5]]))
-        counters.end(2, torch.zeros(16, dtype=torch.long))
-        (got,) = counters.drain()
-        assert got.counts.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
-        assert got.loaded.tolist() == [6, 6]
-        counters.begin()
-        for slot in range(2):
-            counters.capture(slot)(torch.tensor([[0, 1]]))
-        counters.end(1, torch.zeros(16, dtype=torch.long))
-        (got,) = counters.drain()
-        assert got.loaded.tolist() == [2, 2]
-
-
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_counters_see_a_layer_that_did_not_run(kind: str) -> None:
-    counters = make_counters(kind)
-    for slot in range(2):
-        counters.begin()
-        counters.capture(slot)(torch.tensor([[1, 3]]))
-        counters.end(1, torch.zeros(16, dtype=torch.long))
-    assert [got.counts.sum(axis=1).tolist() for got in counters.drain()] == [[2, 0], [0, 2]]
-    counters.capture(0)(torch.tensor([[0, 1]]))  # a dummy run, outside any pass
-    counters.begin()
-    counters.capture(0)(torch.tensor([[2, 3]]))
-    counters.end(1, torch.zeros(16, dtype=torch.long))
-    (got,) = counters.drain()
-    assert got.counts.sum(axis=1).tolist() == [2, 0]
-
-
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_counters_of_a_dense_model(kind: str) -> None:
-    counters = make_counters(kind, num_layers=0, num_experts=0, top_k=0)
-    counters.begin()
-    counters.end(3, torch.tensor([1, 1, 2, 5]))
-    (got,) = counters.drain()
-    assert (got.counts.shape, got.distinct_tokens) == ((0, 0), 2)
-
-
-@pytest.mark.gpu
-def test_counters_inside_a_cuda_graph() -> None:
-    device = torch.device("cuda")
-    counters = make_counters("cuda", padded_rows=4)
-    ids = torch.tensor([[0, 1], [2, 3], [4, 5], [4, 5]], device=device)
-    graph = torch.cuda.CUDAGraph()
-    captures = [counters.capture(slot) for slot in range(2)]
-    with torch.cuda.graph(graph):
-        for capture in captures:
-            capture(ids)
-    for rows in (1, 2, 3, 4) * 40:  # more passes than the ring holds
-        counters.begin()
-        graph.replay()
-        counters.end(rows, torch.arange(16, device=device))
-    passes = counters.drain()
-    assert len(passes) == 160
-    for index, got in enumerate(passes):
-        rows = index % 4 + 1
-        assert got.counts.sum(axis=1).tolist() == [2 * rows] * 2
-        assert got.loaded.tolist() == [6, 6]
-        assert got.distinct_tokens == rows
-        assert got.duration_s > 0
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), min_size=1, max_size=4), st.integers(1, 15))
+def test_cap08_what_the_scheduler_announces_by_enumeration(
+    requests: list[tuple[int, int]], window: int
+) -> None:
+    """Half of the requests are new, half are cached; every figure counted query by query."""
+    ids = [f"r{number}" for number in range(len(requests))]
+    new = [
+        SimpleNamespace(req_id=name, num_computed_tokens=past)
+        for name, (past, _) in zip(ids[::2], requests[::2], strict=True)
+    ]
+    cached = SimpleNamespace(req_ids=ids[1::2], num_computed_tokens=[past for past, _ in requests[1::2]])
+    scheduled = SimpleNamespace(
+        scheduled_new_reqs=new,
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens={name: tokens for name, (_, tokens) in zip(ids, requests, strict=True)},
+        total_num_scheduled_tokens=sum(tokens for _, tokens in requests),
+        scheduled_spec_decode_tokens={ids[0]: [1, 2]},
+    )
+    shape = _Shape.of(scheduled, [window])
+    pairs = [
+        (name, query, key)
+        for name, (past, tokens) in zip(ids, requests, strict=True)
+        for query in range(past, past + tokens)
+        for key in range(query + 1)
+    ]
+    near = [(name, query, key) for name, query, key in pairs if query - key < window]
+    assert shape.attended_positions == len(pairs)
+    assert shape.kv_tokens_read == len({(name, key) for name, _, key in pairs})
+    assert shape.windowed == {window: (len({(name, key) for name, _, key in near}), len(near))}
+    assert (shape.requests, shape.sampled_tokens) == (len(requests), len(requests) + 2)

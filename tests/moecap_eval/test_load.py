@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from moecap_eval.load import LoadReport, open_loop, poisson_arrivals
+from moecap_eval.load import LoadReport, open_loop, poisson_arrivals, read_arrivals
+from moecap_eval.workloads.text_params import Arrivals
 
 
 class Overloaded(RuntimeError):
@@ -113,3 +115,16 @@ def test_cap23_impossible_schedules_are_refused(arrivals: list) -> None:
     with pytest.raises(ValueError, match="arrivals"):
         open_loop(lambda request: sent.append(request) or answered(), [1, 2], arrivals)
     assert sent == []
+
+
+def test_cap23_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "trace.txt"
+    path.write_text("100\n101.5\n\n104\n")
+    assert read_arrivals(path).tolist() == [0.0, 1.5, 4.0]
+    times = Arrivals(trace_file=str(path)).times(5, seed=0)
+    assert times.tolist() == [0.0, 1.5, 4.0, 6.0, 7.5]  # again after the mean gap
+    assert (Arrivals(rate=3.0).times(50, seed=1) == poisson_arrivals(3.0, 50, seed=1)).all()
+    for text, message in (("1\nx\n", "must be a number"), ("2\n1\n", "ascending"), ("\n", "at least one")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_arrivals(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moecap_eval.tasks import exact_match, load_items, until_stop
+from moecap_eval.tasks import Choice, exact_match, load_items, until_stop
 from moecap_eval.tasks.lm_eval_bridge import export_jsonl
 
 
@@ -165,10 +165,91 @@ def test_cap14_lm_eval_tasks_are_exported_as_jsonl(tmp_path: Path) -> None:
 def test_cap14_lm_eval_faults_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no task 'gsm9k'; did you mean 'gsm8k'\?"):
         load_items("lm_eval:gsm9k")
+    documents = write_lm_eval_task(tmp_path / "documents", "loglikelihood_rolling")
+    with pytest.raises(ValueError, match=r"scores whole documents .*evaluate\(llm"):
+        load_items(f"lm_eval:{documents}")
     likelihoods = write_lm_eval_task(tmp_path / "likelihoods", "multiple_choice")
-    with pytest.raises(ValueError, match=r"scores likelihoods .*evaluate\(llm"):
-        load_items(f"lm_eval:{likelihoods}")
+    with pytest.raises(ValueError, match="which a JSONL file cannot hold"):
+        export_jsonl(likelihoods, tmp_path / "exported")
     spec = write_lm_eval_task(tmp_path / "gone")
     (tmp_path / "gone" / "data.json").unlink()
     with pytest.raises(ValueError, match=r"_generate_until' cannot be loaded here .*caches it, or export"):
         load_items(f"lm_eval:{spec}")
+
+
+def write_local_gsm8k(folder: Path) -> str:
+    """lm_eval's own gsm8k, its data replaced by a local file."""
+    import lm_eval
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"question": f"What is {n} and 1,000?", "answer": f"One adds. #### {n + 1000:,}"} for n in range(8)
+    ]
+    (folder / "data.json").write_text("\n".join(map(json.dumps, rows)))
+    own = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
+    files = f"{{train: {folder}/data.json, test: {folder}/data.json}}"
+    (folder / "local_gsm8k.yaml").write_text(
+        f"include: {own}\ntask: local_gsm8k\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {files}}}\nnum_fewshot: 2\n"
+    )
+    return f"lm_eval:{folder}/local_gsm8k"
+
+
+def write_local_mmlu(folder: Path) -> str:
+    """lm_eval's own template of mmlu, two subjects with local data."""
+    import lm_eval
+
+    folder.mkdir(parents=True, exist_ok=True)
+    own = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default" / "_default_template_yaml"
+    for subject in ("rivers", "hills"):
+        rows = [
+            {"question": f"{subject} {n}?", "choices": ["a", "b", "c", "d"], "answer": n % 4}
+            for n in range(6)
+        ]
+        (folder / f"{subject}.json").write_text("\n".join(map(json.dumps, rows)))
+        files = f"{{dev: {folder}/{subject}.json, test: {folder}/{subject}.json}}"
+        (folder / f"{subject}.yaml").write_text(
+            f"include: {own}\ntask: local_{subject}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {files}}}\n"
+        )
+    (folder / "local_mmlu.yaml").write_text("group: local_mmlu\ntask: [local_rivers, local_hills]\n")
+    return f"lm_eval:{folder}/local_mmlu"
+
+
+def test_cap14_gsm8k_extracts_answers_as_lm_eval_defines(tmp_path: Path) -> None:
+    items = load_items(write_local_gsm8k(tmp_path))
+    item = next(item for item in items if "What is 5 and" in item.payload.prompt.rsplit("Question:", 1)[1])
+    assert item.payload.prompt.count("Question:") == 3  # two examples before it
+    assert item.payload.stop == ("Question:", "</s>", "<|im_end|>")
+    strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
+    assert item.payload.score("so #### 1005") == {strict: 1.0, flexible: 1.0}
+    assert item.payload.score("it is 1,005") == {strict: 0.0, flexible: 1.0}
+    assert item.payload.score("it is 1006") == {strict: 0.0, flexible: 0.0}
+
+
+def test_cap14_mmlu_is_one_choice_a_document(tmp_path: Path) -> None:
+    items = load_items(write_local_mmlu(tmp_path))
+    assert Counter(item.id.split("/")[0] for item in items) == {"local_rivers": 6, "local_hills": 6}
+    choice = next(item.payload for item in items if "rivers 2?" in item.payload.prompt)
+    assert isinstance(choice, Choice)
+    assert choice.pairs == tuple((choice.prompt, f" {letter}") for letter in "ABCD")
+    assert choice.prompt.endswith("rivers 2?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
+    for best in range(4):
+        likelihoods = [(0.0 if letter == best else -1.0, False) for letter in range(4)]
+        assert choice.score(likelihoods)["acc"] == float(best == 2)
+
+
+def test_cap14_a_list_of_sources_shares_the_limit_and_mixes(tmp_path: Path) -> None:
+    """Half of the items come from a folder of three tasks, half from one file; any stretch has both."""
+    for name in ("one", "two", "three"):
+        write_task(tmp_path / "folder", name, 20)
+    single = write_task(tmp_path, "single", 50)
+    items = load_items([tmp_path / "folder", single], limit=48)
+    counts = Counter(item.payload.task for item in items)
+    assert counts == {"one": 8, "two": 8, "three": 8, "single": 24}
+    for start in range(0, 48, 6):
+        assert Counter(item.payload.task for item in items[start : start + 6])["single"] == 3
+    with pytest.raises(ValueError, match=r"limit 1 is below the number of task sources \(2\)"):
+        load_items([tmp_path / "folder", single], limit=1)
+    with pytest.raises(ValueError, match="occurs twice"):
+        load_items([single, single])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +186,90 @@ def test_cap14_lm_eval_multiple_choice_on_the_running_engine(system: TextSystem,
     )
     spec = write_task(tmp_path, "choose", body, rows)
     assert evaluate(system.llm, spec)["choose"]["acc,none"] == pytest.approx(2 / 5)
+
+
+def test_cap14_choices_are_scored_beside_the_clock(system: TextSystem, params: dict, tmp_path: Path) -> None:
+    """Questions of one source and choices of another in one block: lm_eval's own score of the choices."""
+    rows = [{"q": question, "label": index % 3} for index, question in enumerate(["ab", "ba", "cc", "abca"])]
+    body = (
+        'doc_to_target: label\ndoc_to_choice: ["a", "b", "c"]\noutput_type: multiple_choice\n'
+        'target_delimiter: ""\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n'
+    )
+    spec = write_task(tmp_path, "pick", body, rows)
+    tasks = [params["tasks"], f"lm_eval:{spec}"]
+    items = TextGeneration().items({"model": "m", "tasks": tasks, "limit": 8}, 7)
+    assert [item.id.split("/")[0] for item in items] == ["ask", "pick"] * 4
+    result = system.run(items)
+    assert [sample.item_id.split("/")[0] for sample in result.samples] == ["ask"] * 4
+    tokens = sum(step.sampled_tokens for step in result.steps)
+    result.finish(result)
+    assert result.work == tokens
+    scores = [s.values["exact_match"] for s in result.samples if s.item_id.startswith("pick/")]
+    assert len(scores) == 4
+    assert sum(scores) / 4 == evaluate(system.llm, spec)["pick"]["acc,none"]
+    with pytest.raises(ValueError, match="only compares likelihoods and generates nothing to time"):
+        TextGeneration().items({"model": "m", "tasks": f"lm_eval:{spec}"}, 7)
+    with pytest.raises(ValueError, match="holds no question that generates text"):
+        system.run(items[1::2])
+
+
+def test_cap08_reading_counters_does_not_count_as_work(
+    system: TextSystem, params: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drain = engine.drain_steps
+    items = TextGeneration().items(params, 7)[:1]
+    system.run(items)
+
+    def slow_drain(llm: object) -> list:
+        time.sleep(0.4)
+        return drain(llm)
+
+    monkeypatch.setattr(engine, "drain_steps", slow_drain)
+    begin, begin_clock = time.perf_counter(), system.clock()
+    system.run(items)
+    elapsed, on_clock = time.perf_counter() - begin, system.clock() - begin_clock
+    assert 0.8 <= elapsed - on_clock < elapsed
+
+
+def test_cap23_open_loop_latency_runs_from_the_scheduled_arrival(
+    system: TextSystem, params: dict, tmp_path: Path
+) -> None:
+    """Three requests are due at once, three a little later, three run at a time: a wait counts as latency."""
+    trace = tmp_path / "trace.txt"
+    trace.write_text("5.0\n5.0\n5.0\n5.2\n5.2\n5.2\n")
+    given = {**params, "arrivals": {"trace_file": str(trace), "slo_s": 30.0}}
+    names = [axis.name for axis in TextGeneration().axes_for(given)]
+    assert names[-2:] == ["latency_s", "goodput"]
+    items = TextGeneration().items(given, 7)[:6]
+    served = TextSystem(system.llm, TextParams.from_mapping(given), HARDWARE)
+    begin = served.clock()
+    result = served.run(items)
+    wall_s = served.clock() - begin
+    latencies = [sample.values["latency_s"] for sample in result.samples]
+    assert wall_s > 0.2
+    assert all(0 < latency < wall_s for latency in latencies)
+    assert result.values["goodput"] == pytest.approx(6 / wall_s, rel=0.05)
+    closed = system.run(items)
+    assert [sample.digest for sample in closed.samples] == [sample.digest for sample in result.samples]
+    assert "latency_s" not in closed.samples[0].values
+    strict = {**given, "arrivals": {"rate": 50.0, "slo_s": 1e-9}}
+    assert TextSystem(system.llm, TextParams.from_mapping(strict), HARDWARE).run(items).values["goodput"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "message"),
+    [
+        ({"rat": 3}, r"params\.arrivals\.rat: unknown key; did you mean 'rate'\?"),
+        ({"rate": 0}, r"params\.arrivals\.rate must be a positive number, got 0"),
+        ({"slo_s": 1.0}, "needs either rate .* or trace_file"),
+        (3, r"params\.arrivals must map"),
+    ],
+)
+def test_cap23_arrivals_are_checked_before_anything_is_loaded(
+    params: dict, arrivals: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextGeneration().items({**params, "arrivals": arrivals}, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,655 @@
+"""What does recording cost under CUDA graphs, are its counts right, and do bytes equal the DRAM counters?
+
+    python benchmarks/moecap_eval_gpu.py [--out DIR] [--layers 24] [--budget 220] [--parts ...]
+
+One GPU with vLLM and, for the part `dram`, Nsight Compute. Model: the shape of Qwen3-30B-A3B with fewer
+layers and random weights, under vLLM's default graphs. Parts:
+  overhead  time per output token with and without recording, in one engine that holds both sets of graphs
+  oracle    counts of every pass against each layer's own copy, read after a full synchronisation
+  bench     throughput of a recorded run against the timing loop of `vllm bench throughput`, not recorded
+  energy    NVML's energy counter against its power readings, summed
+  dram      bytes of a decode pass by the accounting against DRAM reads, in a child under Nsight Compute
+The result file is rewritten after each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import glob
+import importlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # compiles itself on first use
+
+import numpy as np
+import torch
+from scipy.integrate import trapezoid
+
+from benchmarks.common import RESULTS, Headline, write_result
+from moecap_eval import ModelSpec, paired_ratio, s_mbu, step_bytes
+from moecap_eval.engines import vllm as engine
+from moecap_eval.workload import StepRecord
+
+NAME, MAX_SEQS, MAX_ROWS = "moecap_eval_gpu", 32, 512
+BATCHES = (1, 8, 32)
+SHARES = {"overhead": 0.20, "bench": 0.06, "dram": 0.40}
+SPIN = "spin_kernel"
+
+
+def __getattr__(name: str) -> type:
+    """The worker class, made where vLLM is imported: in the engine's process."""
+    if name != "SwitchingWorker":
+        raise AttributeError(name)
+    base = importlib.import_module("moecap_eval.engines.vllm_worker").ProfilingGPUWorker
+    globals()[name] = type(name, (_Switching, base), {"__module__": __name__})
+    return globals()[name]
+
+
+class _Switching:
+    """A recording worker that holds graphs captured with recording, without, and with an oracle."""
+
+    def load_model(self, **options: Any) -> None:
+        from vllm.model_executor.model_loader import dummy_loader
+
+        dummy_loader.initialize_dummy_weights = random_weights
+        self._oracle: list[dict[str, list[int]]] | None = None
+        super().load_model(**options)  # type: ignore[misc]
+
+    def bench_capture(self) -> dict[str, int]:
+        """Capture the other sets; returns graphs by set."""
+        from vllm.compilation.cuda_graph import CUDAGraphWrapper
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        layers = [module for module in model.modules() if isinstance(module, MoERunner)]
+        self._routers = [layer.router for layer in sorted(layers, key=lambda layer: layer.layer_id)]
+        self._wrappers = list(CUDAGraphWrapper._all_instances)
+        shape = (len(layers), MAX_ROWS, self._routers[0].top_k)
+        self._copies = torch.full(shape, -1, dtype=torch.int32, device=self.device)  # type: ignore[attr-defined]
+        recording = [router.capture_fn for router in self._routers]
+        self._sets = {"on": ([wrapper.concrete_cudagraph_entries for wrapper in self._wrappers], recording)}
+        self._sets["off"] = self._capture([None] * len(recording))
+        both = [self._with_copy(slot, function) for slot, function in enumerate(recording)]
+        self._sets["oracle"] = self._capture(both)
+        self.bench_switch("on")
+        return {name: sum(map(len, graphs)) for name, (graphs, _) in self._sets.items()}
+
+    def _with_copy(self, slot: int, recording: Callable) -> Callable:
+        def call(topk_ids: torch.Tensor) -> None:
+            self._copies[slot, : len(topk_ids)].copy_(topk_ids)
+            recording(topk_ids)
+
+        return call
+
+    def _capture(self, functions: list) -> tuple[list[dict], list]:
+        from vllm.config import set_current_vllm_config
+
+        graphs: list[dict] = [{} for _ in self._wrappers]
+        self._use(graphs, functions)
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            self.model_runner.capture_model()  # type: ignore[attr-defined]
+        return graphs, functions
+
+    def _use(self, graphs: list[dict], functions: list) -> None:
+        for wrapper, entries in zip(self._wrappers, graphs, strict=True):
+            wrapper.concrete_cudagraph_entries = entries
+        for router, function in zip(self._routers, functions, strict=True):
+            router.set_capture_fn(function)
+
+    def bench_switch(self, name: str) -> None:
+        self._use(*self._sets[name])
+        self._oracle = [] if name == "oracle" else None
+        self.moecap_pause(name == "off")  # type: ignore[attr-defined]
+
+    def bench_oracle(self) -> list[dict[str, list[int]]]:
+        return self._oracle or []
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self._oracle is not None:
+            self._rows = scheduler_output.total_num_scheduled_tokens
+            self._copies.fill_(-1)
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if self._oracle is not None and self._rows:
+            torch.cuda.synchronize()
+            ids = self._copies.cpu().numpy()
+            found = {"touched": [], "loaded": [], "pairs": []}
+            for layer in ids:
+                found["touched"].append(np.unique(layer[: self._rows]).size)
+                found["loaded"].append(np.unique(layer[layer >= 0]).size)
+                found["pairs"].append(int((layer[: self._rows] >= 0).sum()))
+            self._oracle.append(found)
+        return output
+
+
+def random_weights(module: torch.nn.Module, *_args: Any, **_kwargs: Any) -> None:
+    """Random weights of a module's own parameters, norms one; vLLM calls it for every module."""
+    for parameter in module.parameters(recurse=False):
+        if parameter.is_floating_point() and parameter.numel() and parameter.device.type != "meta":
+            if "norm" in type(module).__name__.lower():
+                parameter.data.fill_(1.0)
+            else:
+                parameter.data.uniform_(-0.05, 0.05)
+
+
+def write_model(folder: Path, layers: int) -> str:
+    """A folder with the configuration of Qwen3-30B-A3B, cut to ``layers`` layers."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 151936,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+ENGINE = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "max_model_len": 1024,
+    "max_num_seqs": MAX_SEQS,
+    "max_num_batched_tokens": MAX_ROWS,
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 2 << 30,
+    "disable_log_stats": False,
+    "moe_backend": "triton",
+}
+
+
+def prompt(number: int, length: int) -> dict[str, list[int]]:
+    return {"prompt_token_ids": [(7919 * number + 131 * index + 17) % 150_000 for index in range(length)]}
+
+
+def generate(llm: Any, prompts: list[dict], tokens: list[int]) -> list[Any]:
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        for count in tokens
+    ]
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def time_per_token(llm: Any, batch: int, tokens: int) -> tuple[float, list[tuple[int, ...]]]:
+    """Mean seconds per output token after the first, and the tokens."""
+    outputs = generate(llm, [prompt(number, 64) for number in range(batch)], [tokens] * batch)
+    spans = [output.metrics.last_token_ts - output.metrics.first_token_ts for output in outputs]
+    return statistics.mean(spans) / (tokens - 1), [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+class Bench:
+    """The engine and what the parts found."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.begin_s = time.perf_counter()
+        self.found: dict[str, Any] = {"layers": arguments.layers}
+        self.headline: list[Headline] = []
+        self.samples: dict[str, list[float]] = {}
+        self._llm: Any = None
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.arguments.budget - (time.perf_counter() - self.begin_s)
+
+    def deadline(self, part: str) -> float:
+        """When a part that begins now has to end."""
+        return time.perf_counter() + min(SHARES[part] * self.arguments.budget, self.left())
+
+    @property
+    def llm(self) -> Any:
+        """The engine with three sets of graphs, started on first use."""
+        if self._llm is None:
+            from vllm import LLM
+
+            begin = time.perf_counter()
+            model = write_model(self.folder / "model", self.arguments.layers)
+            self._llm = LLM(model=model, worker_cls=f"{MODULE}.SwitchingWorker", **ENGINE)
+            self._llm.collective_rpc("moecap_configure", args=(None, False))
+            generate(self._llm, [prompt(0, 8)], [4])
+            started = time.perf_counter()
+            self.found["graphs"] = self._llm.collective_rpc("bench_capture")[0]
+            self.found["start_s"], self.found["capture_s"] = started - begin, time.perf_counter() - started
+            engine.drain_steps(self._llm)
+        return self._llm
+
+    def use(self, name: str) -> None:
+        """Let the engine replay the graphs of one set."""
+        self.llm.collective_rpc("bench_switch", args=(name,))
+
+    def save(self) -> None:
+        """Rewrite the result file."""
+        write_result(
+            NAME,
+            question="What does recording cost under CUDA graphs, and are its counts and bytes right?",
+            headline=self.headline,
+            samples=self.samples,
+            folder=self.arguments.out,
+            **self.found,
+        )
+
+
+def overhead(bench: Bench) -> None:
+    """Three arms in one engine, in turning order: not recorded, recorded, not recorded again."""
+    from moecap_eval.hardware import measure_peaks
+
+    llm, tokens = bench.llm, 96
+    deadline = bench.deadline("overhead")
+    peaks = measure_peaks("cuda", 2.0)
+    bench.found["measured_peaks"] = dataclasses.asdict(peaks)
+    spec = engine.model_spec(llm)
+    for position, batch in enumerate(BATCHES):
+        share = (deadline - time.perf_counter()) / (len(BATCHES) - position)
+        until = time.perf_counter() + share
+        arms = {"off": "off", "on": "on", "off again": "off"}
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        steps: list[StepRecord] = []
+        answers = set()
+        for name in ("off", "on"):
+            bench.use(name)
+            time_per_token(llm, batch, tokens)
+        engine.drain_steps(llm)
+        while time.perf_counter() < until or len(seconds["off"]) < 6:
+            turn = len(seconds["off"]) % len(arms)
+            for arm in [*arms][turn:] + [*arms][:turn]:
+                bench.use(arms[arm])
+                value, ids = time_per_token(llm, batch, tokens)
+                seconds[arm].append(value)
+                answers.add(tuple(ids))
+            steps += engine.drain_steps(llm)
+        _overhead_rows(bench, batch, seconds, len(answers))
+        _utilisation_rows(bench, spec, batch, steps, peaks.read_bytes_per_s)
+        bench.save()
+
+
+def _overhead_rows(bench: Bench, batch: int, seconds: dict[str, list[float]], answers: int) -> None:
+    bench.samples |= {f"batch {batch}, seconds per token, {arm}": values for arm, values in seconds.items()}
+    cost = paired_ratio(seconds["off"], seconds["on"])
+    control = paired_ratio(seconds["off"], seconds["off again"])
+    median = 1e3 * statistics.median(seconds["off"])
+    bench.headline += [
+        Headline(
+            f"time per token, recorded over not, batch {batch}",
+            cost.value,
+            "x",
+            cost.low,
+            cost.high,
+            target="<= 1.005, bound <= 1.01",
+            note=f"{median:.3f} ms a token, {len(seconds['off'])} pairs, {answers} distinct answers",
+        ),
+        Headline(
+            f"the same, not recorded against itself, batch {batch}",
+            control.value,
+            "x",
+            control.low,
+            control.high,
+        ),
+    ]
+    print(bench.headline[-2], bench.headline[-1], sep="\n", flush=True)
+
+
+def _utilisation_rows(
+    bench: Bench, spec: ModelSpec, batch: int, steps: list[StepRecord], peak: float
+) -> None:
+    holes = [step.invalid for step in steps if step.invalid]
+    decode = [step for step in steps if step.tokens == step.requests == batch and not step.invalid]
+    bench.found[f"batch_{batch}"] = {
+        "passes": len(steps),
+        "invalid_passes": len(holes),
+        "invalid": holes[:2],
+        "decode_pass_s_median": statistics.median(step.duration_s for step in decode) if decode else None,
+        "experts_touched_mean": statistics.mean(
+            statistics.mean(step.experts_touched.values()) for step in decode
+        )
+        if decode
+        else None,
+    }
+    note = f"{len(decode)} passes, measured peak {peak / 1e12:.2f} TB/s, {len(holes)} invalid passes"
+    value = s_mbu(spec, decode, peak) if decode else None
+    bench.headline.append(Headline(f"S-MBU of decode passes, batch {batch}", value, "of peak", note=note))
+
+
+def oracle(bench: Bench) -> None:
+    """Prompts and answers of many lengths, so that passes are padded, mixed, chunked, eager and replayed."""
+    llm = bench.llm
+    bench.use("oracle")
+    engine.drain_steps(llm)
+    lengths = [3, 40, 200, 700, 5, 61, 130, 9, 33, 77, 350, 12, 1, 90, 15, 28]
+    tokens = [20 + 7 * (number % 9) for number in range(len(lengths))]
+    prompts = [prompt(number, length) for number, length in enumerate(lengths)]
+    with_oracle = [tuple(output.outputs[0].token_ids) for output in generate(llm, prompts, tokens)]
+    expected, steps = llm.collective_rpc("bench_oracle")[0], engine.drain_steps(llm)
+    equal = padded = 0
+    for want, step in zip(expected, steps, strict=True):
+        loaded = step.experts_loaded or step.experts_touched
+        same = want["touched"] == list(step.experts_touched.values())
+        same &= want["loaded"] == list(loaded.values())
+        equal += same and set(want["pairs"]) == {8 * step.tokens} and step.invalid is None
+        padded += step.experts_loaded is not None
+    bench.use("off")
+    plain = [tuple(output.outputs[0].token_ids) for output in generate(llm, prompts, tokens)]
+    rows = sorted({step.tokens for step in steps})
+    bench.found["oracle"] = {"rows_of_passes": rows, "passes_with_experts_of_padding": padded}
+    bench.headline += [
+        Headline(
+            "passes whose expert counts equal the oracle's",
+            equal,
+            f"of {len(steps)}",
+            target=str(len(steps)),
+            note=f"{rows[0]} to {rows[-1]} rows, {padded} passes where padding loads more experts",
+        ),
+        Headline(
+            "answers equal with and without recording",
+            sum(map(tuple.__eq__, with_oracle, plain)),
+            f"of {len(plain)}",
+            target=str(len(plain)),
+        ),
+    ]
+
+
+def vllm_bench(bench: Bench) -> None:
+    """The same requests, with the sampling of `vllm bench`, in turn."""
+    from vllm import SamplingParams
+    from vllm.benchmarks import throughput
+    from vllm.benchmarks.datasets import SampleRequest
+
+    llm, length, tokens = bench.llm, 64, 96
+    prompts = [prompt(number, length) for number in range(2 * MAX_SEQS)]
+    requests = [SampleRequest(text, length, tokens) for text in prompts]  # type: ignore[arg-type]
+    params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+    def peer() -> float:
+        bench.use("off")
+        return throughput._run_vllm_requests(llm, requests, 1, True, False, False, False)[0]
+
+    def recorded() -> float:
+        bench.use("on")
+        begin = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    arms = {"vllm bench": peer, "recorded": recorded}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    until = bench.deadline("bench")
+    turn = 0
+    while time.perf_counter() < until or len(seconds["recorded"]) < 6:
+        for arm in list(arms) if turn % 2 else list(arms)[::-1]:
+            value = arms[arm]()
+            if turn:  # the first turn warms up
+                seconds[arm].append(value)
+        turn += 1
+    engine.drain_steps(llm)
+    bench.samples |= {f"throughput, seconds, {arm}": values for arm, values in seconds.items()}
+    ratio = paired_ratio(seconds["recorded"], seconds["vllm bench"])
+    rate = len(prompts) * tokens / statistics.median(seconds["vllm bench"])
+    bench.headline.append(
+        Headline(
+            "throughput, recorded over vllm bench",
+            ratio.value,
+            "x",
+            ratio.low,
+            ratio.high,
+            target="interval within [0.98, 1.02]",
+            note=f"{rate:.0f} tokens/s, {len(seconds['recorded'])} pairs",
+        )
+    )
+
+
+def energy(bench: Bench) -> None:
+    """Energy of decoding by the counter, and by the sum of power readings over the same time."""
+    import pynvml
+
+    from moecap_eval.hardware.energy import NvmlMeter
+
+    llm, meter = bench.llm, NvmlMeter()
+    first = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[0]
+    device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+    bench.use("off")
+    found = []
+    for _ in range(3):
+        readings: list[tuple[float, float]] = []
+        stop = threading.Event()
+
+        def poll(readings: list = readings, stop: threading.Event = stop) -> None:
+            while not stop.wait(0.01):
+                readings.append((time.perf_counter(), pynvml.nvmlDeviceGetPowerUsage(device) / 1e3))
+
+        thread = threading.Thread(target=poll)
+        thread.start()
+        meter.begin()
+        outputs = generate(llm, [prompt(number, 64) for number in range(32)], [400] * 32)
+        joules = meter.end().joules
+        stop.set()
+        thread.join()
+        times, watts = map(np.array, zip(*readings, strict=True))
+        integral = float(trapezoid(watts, times))
+        count = sum(len(output.outputs[0].token_ids) for output in outputs)
+        found.append({"joules": joules, "power_integral_j": integral, "tokens": count})
+    ratios = [entry["joules"] / entry["power_integral_j"] for entry in found]
+    per_token = [entry["joules"] / entry["tokens"] for entry in found]
+    bench.found["energy"] = found
+    bench.headline += [
+        Headline(
+            "energy per token, batch 32 (nvml)",
+            statistics.median(per_token),
+            "J",
+            min(per_token),
+            max(per_token),
+        ),
+        Headline(
+            "energy counter over integral of power readings",
+            statistics.median(ratios),
+            "x",
+            min(ratios),
+            max(ratios),
+        ),
+    ]
+
+
+def dram(bench: Bench) -> None:
+    """A child runs one decode pass per batch size under Nsight Compute, one counter pass a kernel."""
+    if bench._llm is not None:
+        engine.close(bench._llm)
+        bench._llm = None
+    ncu = shutil.which("ncu") or next(iter(sorted(glob.glob("/opt/nvidia/nsight-compute/*/ncu"))), None)
+    if ncu is None:
+        raise RuntimeError("Nsight Compute (ncu) is not on this machine")
+    log, steps_file = bench.folder / "ncu.csv", bench.folder / "steps.json"
+    options = "--target-processes all --profile-from-start off --cache-control none --clock-control none"
+    output = "--csv --page raw --print-units base --metrics dram__bytes_read.sum,dram__bytes_write.sum"
+    command = [ncu, *options.split(), *output.split(), "--log-file", str(log)]
+    child = [
+        sys.executable,
+        __file__,
+        "--child",
+        str(steps_file),
+        "--layers",
+        str(bench.arguments.ncu_layers),
+    ]
+    limit = max(30.0, min(SHARES["dram"] * bench.arguments.budget, bench.left()))
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [*command, *child], capture_output=True, text=True, timeout=limit, check=False, cwd=Path.cwd()
+    )
+    if done.returncode:
+        tail = (log.read_text()[-600:] if log.exists() else "") + done.stderr[-1200:] + done.stdout[-400:]
+        raise RuntimeError(f"ncu ended with {done.returncode}: {tail}")
+    text = log.read_text()
+    bench.found["ncu_log"] = text[:1200]  # kept where it cannot be read
+    segments = read_segments(text)
+    found = []
+    for entry, kernels in zip(json.loads(steps_file.read_text()), segments, strict=True):
+        read, written = sum(row[1] for row in kernels), sum(row[2] for row in kernels)
+        experts = sum(row[1] for row in kernels if "fused_moe" in row[0])
+        names: dict[str, float] = {}
+        for name, read_bytes, _ in kernels:
+            names[name[:60]] = names.get(name[:60], 0.0) + read_bytes
+        largest = dict(sorted(names.items(), key=lambda item: -item[1])[:12])
+        found.append({**entry, "dram_read": read, "dram_written": written, "by_kernel": largest})
+        for what, predicted, measured in (
+            ("bytes of a decode pass", entry["bytes"]["total"], read),
+            ("of them expert weights", entry["bytes"]["routed_experts"], experts),
+            ("by eq. 4 of the paper", entry["bytes_paper"], read),
+        ):
+            bench.headline.append(
+                Headline(
+                    f"{what} over DRAM reads, batch {entry['batch']}",
+                    predicted / measured if measured else None,
+                    "x",
+                    target="1" if what.startswith("bytes") else "",
+                    note=f"{predicted / 1e6:.1f} MB against {measured / 1e6:.1f} MB",
+                )
+            )
+    bench.found["dram"] = {"layers": bench.arguments.ncu_layers, "seconds": time.perf_counter() - begin}
+    bench.found["dram"]["passes"] = found
+    del bench.found["ncu_log"]
+
+
+def read_segments(text: str) -> list[list[tuple[str, float, float]]]:
+    """(kernel, bytes read, bytes written) of each profiled pass; a spin kernel starts a pass."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    rows = csv.DictReader(lines)
+    segments: list[list[tuple[str, float, float]]] = []
+    for row in rows:
+        if not row["ID"]:  # the row of units
+            continue
+        name = row["Kernel Name"]
+        if SPIN in name:
+            segments.append([])
+            continue
+        read, written = (float(row[f"dram__bytes_{what}.sum"].replace(",", "")) for what in ("read", "write"))
+        segments[-1].append((name, read, written))
+    return segments
+
+
+def child(steps_file: Path, layers: int) -> None:
+    """Decode passes between cudaProfilerStart and Stop, eagerly, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder) / "model", layers)
+        arguments = {**ENGINE, "enforce_eager": True, "async_scheduling": False}
+        llm = LLM(model=model, worker_cls=f"{MODULE}.SwitchingWorker", **arguments)
+    llm.collective_rpc("moecap_configure", args=(None, False))
+    spec = engine.model_spec(llm)
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
+    entries = []
+    for batch in BATCHES:
+        for number in range(batch):
+            llm.llm_engine.add_request(f"{batch}-{number}", prompt(number, 128), params)
+        tokens = 0
+        while tokens != batch:  # until every request decodes
+            llm.llm_engine.step()
+            last = engine.drain_steps(llm)
+            tokens = last[-1].tokens if last and last[-1].requests == batch else 0
+        for _ in range(3):
+            llm.llm_engine.step()
+        engine.drain_steps(llm)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        torch.cuda._sleep(1000)
+        llm.llm_engine.step()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+        (step,) = engine.drain_steps(llm)
+        exact = step_bytes(spec, step)
+        entries.append(
+            {
+                "batch": batch,
+                "invalid": step.invalid,
+                "experts_touched": list(step.experts_touched.values()),
+                "bytes": {**exact, "total": exact.total},
+                "bytes_paper": step_bytes(spec, step, convention="paper").total,
+            }
+        )
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+    steps_file.write_text(json.dumps(entries))
+
+
+PARTS = {
+    "overhead": overhead,
+    "oracle": oracle,
+    "bench": vllm_bench,
+    "energy": energy,
+    "dram": dram,
+}
+MODULE = "benchmarks.moecap_eval_gpu"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--ncu-layers", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=220.0, help="seconds in all")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.layers)
+        return 0
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(arguments, Path(folder))
+        for name in arguments.parts.split(","):
+            begin = time.perf_counter()
+            try:
+                PARTS[name](bench)
+            except Exception as error:
+                failed = 1
+                bench.found[f"{name}_failed"] = f"{type(error).__name__}: {error}"[-1500:]
+                traceback.print_exc()
+            bench.found[f"{name}_seconds"] = time.perf_counter() - begin
+            bench.save()
+            print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+        if bench._llm is not None:
+            engine.close(bench._llm)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -114,16 +114,17 @@ def trainer_config(job: Job) -> Any:
         config = copy.deepcopy(phd_nerfacto_tiny.config)
         config.pipeline.datamanager = VanillaDataManagerConfig(
             dataparser=parser, eval_num_rays_per_batch=64,
-            train_num_rays_per_batch=256 if job.small else 1536,
+            train_num_rays_per_batch=256 if job.small else 2048,
         )  # fmt: skip
         if not job.small:
             model = config.pipeline.model
-            model.num_levels, model.max_res, model.log2_hashmap_size = 16, 1024, 17
-            model.num_proposal_samples_per_ray, model.num_nerf_samples_per_ray = (64, 32), 24
-            model.proposal_warmup, model.proposal_weights_anneal_max_num_iters = 500, 300
+            model.num_levels, model.max_res, model.log2_hashmap_size = 12, 1024, 17
+            model.num_proposal_iterations, model.num_proposal_samples_per_ray = 1, (48,)
+            model.num_nerf_samples_per_ray = 24
+            model.proposal_warmup, model.proposal_weights_anneal_max_num_iters = 300, 200
             model.eval_num_rays_per_chunk = 1 << 15
-            for network in model.proposal_net_args_list:
-                network["log2_hashmap_size"] = 15
+        for group in config.optimizers.values():
+            group["scheduler"].max_steps = job.steps
     else:
         source = phd_splatfacto_tiny if job.small else phd_splatfacto
         config = copy.deepcopy(source.config)
@@ -262,7 +263,7 @@ class NerfArms:
     def fisher(self) -> Maps:
         """FisherRF on the hash table."""
         small = self.job.small
-        batches = training_rays(self.training, 2048 if small else 131_072, 256 if small else 1024)
+        batches = training_rays(self.training, 2048 if small else 65_536, 256 if small else 1024)
         information = fisher_table(self.model, batches)
         return self.plain(), self._per_view(lambda rays: fisher_map(self.model, rays, information)).sqrt()
 

@@ -52,7 +52,8 @@ class Setup:
             ValueError: no sampler, or degraded samplers of other routes.
         """
         routes = by_route(samplers)
-        psgs = next(iter(routes.values())).psgs().cpu()
+        psgs = next(iter(routes.values())).psgs()
+        _check_rows(features, psgs.numel())
         setup = cls(model, features, routes, psgs, _wanted_hop_arguments(model))
         if degraded is None:
             return setup
@@ -72,14 +73,17 @@ class Setup:
         )
         if samplers is not None:
             routes = by_route(samplers)
-            new = replace(new, samplers=routes, psgs=next(iter(routes.values())).psgs().cpu())
+            new = replace(new, samplers=routes, psgs=next(iter(routes.values())).psgs())
+        _check_rows(new.features, new.psgs.numel())
         degraded = self.degraded and self.degraded.changed(model, features, None)
         return replace(new, hop_arguments=_wanted_hop_arguments(new.model), degraded=degraded)
 
     def check(self, node: Tensor) -> None:
         """Refuse what is not one or more nodes of the graph."""
-        if node.dim() != 1 or node.numel() == 0:
-            raise ValueError(f"node is {tuple(node.shape)}; it must be one or more node ids, [n]")
+        if node.dim() != 1 or node.numel() == 0 or node.dtype.is_floating_point or node.dtype == torch.bool:
+            raise ValueError(
+                f"node is {node.dtype} {tuple(node.shape)}; it must be one or more node ids, [n]"
+            )
         low, high = (int(bound) for bound in torch.aminmax(node))
         if low < 0 or high >= self.psgs.numel():
             raise IndexError(f"node {low if low < 0 else high} is out of range [0, {self.psgs.numel()})")
@@ -98,6 +102,8 @@ class Setup:
         edge_index = torch.stack([sampled.row, sampled.col]).to(x.device, non_blocking=True)
         with torch.inference_mode():
             out = self.model(x, edge_index, **self._sizes(sampled))
+        if out.shape[0] < node.numel():
+            raise ValueError(f"the model returned {out.shape[0]} rows for {node.numel()} requested nodes")
         return out[: node.numel()].float().cpu()
 
     def _rows(self, node: Tensor, *, several: bool) -> Tensor:
@@ -122,6 +128,18 @@ def by_route(samplers: Samplers) -> dict[str, QuiverSampler]:
     if not samplers:
         raise ValueError("samplers is empty: pass a QuiverSampler or a mapping from route to sampler")
     return dict(samplers)
+
+
+def _check_rows(features: QuiverFeatureStore | Tensor, nodes: int) -> None:
+    if isinstance(features, Tensor):
+        rows = features.shape[0]
+    else:
+        size = features.get_tensor_size(group_name=None, attr_name="x")
+        if size is None:
+            raise ValueError("features has no attribute 'x': put_tensor(x, group_name=None, attr_name='x')")
+        rows = size[0]
+    if rows < nodes:
+        raise ValueError(f"features has {rows} rows, but the graph has {nodes} nodes")
 
 
 def _wanted_hop_arguments(model: Any) -> tuple[str, ...]:

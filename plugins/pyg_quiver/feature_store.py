@@ -242,6 +242,10 @@ class QuiverFeatureStore(FeatureStore):
         index = torch.as_tensor(index)
         if index.dtype == torch.bool:
             index = index.nonzero().squeeze(1)
+        if index.device.type == "cpu" and index.numel():
+            low, high = (int(bound) for bound in torch.aminmax(index))
+            if low < 0 or high >= num_rows:
+                raise IndexError(f"index names row {low if low < 0 else high}, but there are {num_rows} rows")
         return index.to(self.device, torch.int64)
 
     def _read(self, placed: _Placed, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -165,8 +166,8 @@ def seed_probability(num_nodes: int, batch_size: int, requests: Tensor | None = 
 def _checked_fanouts(num_neighbors: Sequence[int]) -> list[int]:
     fanouts = list(num_neighbors)
     for h, fanout in enumerate(fanouts):
-        if fanout < -1:
-            raise ValueError(f"num_neighbors[{h}] is {fanout}; it must be -1 (all) or more")
+        if not isinstance(fanout, Integral) or fanout < -1:
+            raise ValueError(f"num_neighbors[{h}] is {fanout!r}; it must be -1 (all) or more")
     return fanouts
 
 
@@ -178,7 +179,7 @@ def _checked_seed_prob(seed_prob: float | Tensor, topology: CSCTopology) -> Tens
     bad = (~((seed_prob >= 0) & (seed_prob <= 1))).nonzero()
     if bad.numel():
         v = int(bad[0, 0])
-        raise ValueError(f"seed_prob must lie in [0, 1], got {float(seed_prob[v])} at node {v}")
+        raise ValueError(f"seed_prob must lie in [0, 1], got {float(seed_prob[v]):g} at node {v}")
     return seed_prob.to(topology.device)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -143,7 +143,11 @@ class PlacementPlan:
         Raises:
             ValueError: the file is something else.
         """
-        with safe_open(path, framework="pt") as file:
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a placement plan ({error})") from error
+        with opened as file:
             header = json.loads((file.metadata() or {}).get("plan", "{}"))
             if header.get("format") != _FORMAT:
                 raise ValueError(f"{path}: format {header.get('format')!r}, expected {_FORMAT!r}")

@@ -95,7 +95,12 @@ class CalibrationProfile:
         Raises:
             ValueError: the file is something else.
         """
-        content = json.loads(Path(path).read_text())
+        try:
+            content = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a calibration profile ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: not a calibration profile")
         if content.get("format") != _FORMAT:
             raise ValueError(f"{path}: format {content.get('format')!r}, expected {_FORMAT!r}")
         models = {

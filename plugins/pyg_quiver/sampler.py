@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -77,6 +78,8 @@ class QuiverSampler(BaseSampler):
     ) -> None:
         if temporal_strategy not in ("uniform", "last"):
             raise ValueError(f"temporal_strategy is {temporal_strategy!r}; it must be 'uniform' or 'last'")
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
         self.graphs = TypedGraphs.from_data(data, time_attr=time_attr, weight_attr=weight_attr)
         self.mode = _resolve_mode(mode, self.graphs.device)
         self.backend = _resolve_backend(backend, self.mode)
@@ -111,7 +114,9 @@ class QuiverSampler(BaseSampler):
 
     @num_neighbors.setter
     def num_neighbors(self, value: NumNeighbors | Sequence[int] | dict[EdgeType, list[int]]) -> None:
-        self._num_neighbors = value if isinstance(value, NumNeighbors) else NumNeighbors(value)
+        numbers = value if isinstance(value, NumNeighbors) else NumNeighbors(value)
+        _check_fanouts(numbers.values)
+        self._num_neighbors = numbers
         self._psgs: Tensor | None = None
         if self.graphs.is_hetero:
             self._fanouts = dict(self._num_neighbors.get_values(sorted(self.graphs.graphs)))
@@ -161,12 +166,14 @@ class QuiverSampler(BaseSampler):
             raise ValueError(
                 "sample() is for homogeneous graphs; use sample_from_nodes for a heterogeneous one"
             )
-        return self._from_nodes(node, key=key, keys=None, time=None)
+        return self._from_nodes(torch.as_tensor(node), key=key, keys=None, time=None)
 
     def psgs(self) -> Tensor:
         """PSGS of every node (see :func:`pyg_quiver.psgs`), float64 ``[N]`` on the CPU; computed once."""
         from pyg_quiver.metrics import psgs
 
+        if self.graphs.is_hetero:
+            raise ValueError("PSGS is for homogeneous graphs")
         if self._psgs is None:
             graph = self.graphs.graphs[self.graphs.only_type]
             colptr = graph.colptr.to(graph.row.device)  # edges in pinned memory are summed on the CPU
@@ -352,12 +359,23 @@ class QuiverSampler(BaseSampler):
         return TorchBackend()
 
     def _check_nodes(self, node: Tensor, kind: str) -> None:
+        if node.dim() != 1 or node.dtype.is_floating_point or node.dtype == torch.bool:
+            raise ValueError(f"nodes are {node.dtype} {tuple(node.shape)}; they must be integers, [n]")
         if node.device.type != "cpu" or node.numel() == 0:  # reading device memory would wait for the device
             return
         limit = self.graphs.num_nodes[kind]
         low, high = (int(bound) for bound in torch.aminmax(node))
         if low < 0 or high >= limit:
             raise IndexError(f"node {low if low < 0 else high} is out of range [0, {limit})")
+
+
+def _check_fanouts(values: Sequence[int] | dict[Any, Sequence[int]]) -> None:
+    by_type = values.items() if isinstance(values, dict) else [(None, values)]
+    for kind, fanouts in by_type:
+        where = "num_neighbors" if kind is None else f"num_neighbors[{kind!r}]"
+        for hop, fanout in enumerate(fanouts):
+            if not isinstance(fanout, Integral) or fanout < -1:
+                raise ValueError(f"{where}[{hop}] is {fanout!r}; it must be -1 (all) or more")
 
 
 def _keys_of_seeds(input_id: Tensor, epoch: int, count: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 import threading
 import time
 from collections import deque
@@ -134,9 +135,10 @@ class InferenceEngine:
             raise ValueError(f"samplers has routes {', '.join(routes)}: pass a router")
         if router is not None:
             require_routes(router, routes)
-        if max_queue < 1 or max_batch_psgs <= 0 or max_wait_ms < 0:
+        if max_queue < 1 or max_batch_psgs <= 0 or max_wait_ms < 0 or (deadline_ms or 0) < 0:
             raise ValueError(
-                "max_queue must be at least 1, max_batch_psgs positive, max_wait_ms not negative"
+                "max_queue must be at least 1, max_batch_psgs positive, "
+                "max_wait_ms and deadline_ms not negative"
             )
         count = dict.fromkeys(routes, 1) | dict(workers or {})
         if set(count) != set(routes) or min(count.values()) < 1:
@@ -179,9 +181,13 @@ class InferenceEngine:
             EngineOverloaded: the queue is full.
             RuntimeError: the engine is closed or all its workers died.
         """
-        node = torch.as_tensor(node, dtype=torch.int64).cpu()
+        node = torch.as_tensor(node).cpu()
         setup = self._setup
         setup.check(node)
+        node = node.long()
+        if deadline_ms is not None and deadline_ms < 0:
+            raise ValueError(f"deadline_ms is {deadline_ms}; it must not be negative")
+        request_id = None if request_id is None else operator.index(request_id)
         psgs = float(setup.psgs[node].sum())
         limit = self._deadline_s if deadline_ms is None else deadline_ms / 1e3
         now = time.perf_counter()
@@ -208,11 +214,12 @@ class InferenceEngine:
 
     def infer(self, node: Tensor, *, request_id: int = 0, degraded: bool = False) -> Tensor:
         """The answer that :meth:`submit` would give, computed here and now: ``[len(node), C]``."""
-        node = torch.as_tensor(node, dtype=torch.int64).cpu()
+        node = torch.as_tensor(node).cpu()
         setup = self._setup.degraded if degraded else self._setup
         if setup is None:
             raise ValueError("degraded=True, but the engine has no degraded samplers")
         setup.check(node)
+        node = node.long()
         return setup.answer(next(iter(setup.samplers)), node, torch.zeros_like(node), [request_id])
 
     def check(self) -> None:

@@ -67,6 +67,8 @@ class CSCTopology(GraphStore):
         """
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise ValueError(f"edge_index is {tuple(edge_index.shape)}; it must be [2, E]")
+        if edge_index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"edge_index is {edge_index.dtype}; it must be int64")
         source, target = edge_index[0], edge_index[1]
         if num_nodes is None:
             num_nodes = int(edge_index.max()) + 1 if edge_index.numel() else 0

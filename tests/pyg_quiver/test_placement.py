@@ -232,6 +232,9 @@ def test_qv09_disk_needs_a_folder_and_rows_are_not_patched():
     with pytest.raises(KeyError):
         store.get_tensor(group_name=None, attr_name="missing", index=None)
     store.put_tensor(torch.zeros(5, 2), group_name="other", attr_name="x", index=None)
+    for wrong in (5, -1):
+        with pytest.raises(IndexError, match=f"index names row {wrong}, but there are 5 rows"):
+            store.get_tensor(group_name="other", attr_name="x", index=torch.tensor([0, wrong]))
     assert store.remove_tensor(group_name="other", attr_name="x", index=None)
     assert store.get_all_tensor_attrs() == []
 

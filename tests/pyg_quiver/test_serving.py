@@ -19,6 +19,7 @@ from pyg_quiver import (
     EarliestFinishRouter,
     EngineOverloaded,
     InferenceEngine,
+    PlacementPlan,
     QuiverFeatureStore,
     QuiverSampler,
     ThresholdRouter,
@@ -434,3 +435,42 @@ def test_engine_errors(model, features, sampler):
         with pytest.raises(ValueError, match="one or more node ids"):
             engine.submit(torch.tensor([], dtype=torch.int64))
     assert threads() == []
+
+
+def test_engine_refuses_what_it_could_not_answer(model, features, topology, sampler, tmp_path):
+    with pytest.raises(ValueError, match="features has 20 rows, but the graph has 500 nodes"):
+        InferenceEngine(model, features[:20], sampler)
+    with pytest.raises(ValueError, match="features has no attribute 'x'"):
+        InferenceEngine(model, QuiverFeatureStore(), sampler)
+    with pytest.raises(ValueError, match="deadline_ms not negative"):
+        InferenceEngine(model, features, sampler, deadline_ms=-1)
+    with InferenceEngine(lambda x, edge_index: x[:1], features, sampler) as engine:
+        with pytest.raises(
+            ValueError, match=r"node is torch.float32 \(1,\); it must be one or more node ids"
+        ):
+            engine.submit(torch.tensor([1.5]))
+        with pytest.raises(TypeError, match="integer"):
+            engine.submit(torch.tensor([1]), request_id="first")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="deadline_ms is -3"):
+            engine.submit(torch.tensor([1]), deadline_ms=-3)
+        with pytest.raises(ValueError, match="the model returned 1 rows for 2 requested nodes"):
+            engine.submit(torch.tensor([1, 2])).result(30)
+    other = tmp_path / "other.json"
+    other.write_text("no profile")
+    with pytest.raises(ValueError, match="not a calibration profile"):
+        CalibrationProfile.load(other)
+    with pytest.raises(ValueError, match="not a placement plan"):
+        PlacementPlan.load(other)
+
+
+def test_sampler_refuses_bad_fanouts_and_nodes(topology):
+    for fanouts, message in (([3, -2], r"num_neighbors\[1\] is -2"), (["a"], r"num_neighbors\[0\] is 'a'")):
+        with pytest.raises(ValueError, match=message):
+            QuiverSampler(topology, fanouts)
+    with pytest.raises(ValueError, match="num_threads is 0"):
+        QuiverSampler(topology, [2], num_threads=0)
+    for node in (torch.tensor([1.5]), torch.tensor([[1]]), torch.tensor([True])):
+        with pytest.raises(ValueError, match=r"nodes are .*must be integers, \[n\]"):
+            QuiverSampler(topology, [2]).sample(node)
+    with pytest.raises(ValueError, match=r"edge_index is torch\.float32"):
+        CSCTopology.from_edge_index(torch.rand(2, 3))

@@ -242,7 +242,9 @@ class DirectCache:
         self._queue = self._rows[victims].astype(np.int32)
         self._known = self._learned
         if self._promoter is not None and self.share is not None:
-            self._promoter.plan(self.share, self._rows)
+            self._promoter.plan(self.share, self._rows, self._learned)
+            # Else the device would often be first to bring in the same experts.
+            self._admitted[self._promoter.claimed] = 0
 
     def _trade(
         self, held: npt.NDArray[np.int64], worth: npt.NDArray[np.float64] | npt.NDArray[np.int64]
@@ -279,7 +281,7 @@ class DirectCache:
 
     def _promote(self, promoter: Promoter) -> None:
         before = promoter.copies
-        promoter.before_step()
+        promoter.before_step(self._tick)
         started = promoter.copies - before
         nbytes = started * self.store.layout.expert_nbytes
         self.counters.prefetched += started

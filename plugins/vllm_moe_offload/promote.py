@@ -25,7 +25,7 @@ from vllm_moe_offload.store import HostExpertStore
 
 _IN_FLIGHT = 4  # copies on the link at a time, next to what layers pull
 # An expert must be so many times as likely as the one it replaces, or slots would change hands over noise.
-_MARGIN = 1.5
+_MARGIN = 1.1
 
 
 @dataclass
@@ -54,22 +54,24 @@ class Promoter:
         self._first = residency.num_slots - count
         self._key_of = residency.key_of[self._first :].cpu().numpy().astype(np.int64)
         self._unused = np.zeros(count, dtype=bool)  # brought in by a prediction and not used yet
+        self._since = np.zeros(count, dtype=np.int64)  # step before which the slot got its expert
         self._flights: list[_Flight] = []
         self._wanted: list[tuple[int, int]] = []  # (slot, key), most urgent first
         self.copies = self.used = 0
 
-    def plan(self, share: Shares, rows: npt.NDArray[np.int64]) -> None:
+    def plan(self, share: Shares, rows: npt.NDArray[np.int64], tick: int) -> None:
         """Choose what to bring in, in place of what was chosen before and has not started.
 
         Args:
             share: predicted shares ``[layers, experts]``.
-            rows: where the device reads each expert, as far as the host knows.
+            rows: where the device read each expert at the end of a step.
+            tick: the number of that step.
         """
         self._wanted = []
-        held = np.flatnonzero(self._key_of != NO_KEY)
-        elsewhere = rows[self._key_of[held]]
-        lost = (elsewhere >= 0) & (elsewhere < self._first)
-        self._key_of[held[lost]], self._unused[held[lost]] = NO_KEY, False
+        # Slots that were not published after all: the device had the expert by then.
+        known = np.flatnonzero((self._key_of != NO_KEY) & (self._since <= tick))
+        lost = known[rows[self._key_of[known]] != known + self._first]
+        self._key_of[lost], self._unused[lost] = NO_KEY, False
         room = _IN_FLIGHT - len(self._flights)
         likely = share.reshape(-1)
         absent = (rows < 0) | (rows >= self._r.num_slots)
@@ -87,14 +89,19 @@ class Promoter:
             if likely[key] > _MARGIN * worth[place]:
                 self._wanted.append((self._first + place, key))
 
-    def before_step(self) -> None:
-        """Publish what has arrived, retire what makes room and start its copies."""
+    @property
+    def claimed(self) -> list[int]:
+        """Keys chosen or on their way."""
+        return [key for _, key in self._wanted] + [flight.key for flight in self._flights]
+
+    def before_step(self, tick: int) -> None:
+        """Publish what has arrived, retire what makes room and start its copies; step ``tick`` comes next."""
         arrived = [flight for flight in self._flights if flight.copy.done]
         if arrived:
             self._flights = [flight for flight in self._flights if flight not in arrived]
             for flight in arrived:
                 flight.copy.wait()
-            self._publish([flight.slot for flight in arrived], [flight.key for flight in arrived])
+            self._publish([flight.slot for flight in arrived], [flight.key for flight in arrived], tick)
         if not self._wanted:
             return
         self._retire([slot for slot, _ in self._wanted])
@@ -126,15 +133,15 @@ class Promoter:
         places = np.asarray(slots) - self._first
         self._key_of[places], self._unused[places] = NO_KEY, False
 
-    def _publish(self, slots: list[int], keys: list[int]) -> None:
+    def _publish(self, slots: list[int], keys: list[int], tick: int) -> None:
         at, key, r = self._tensor(slots), self._tensor(keys), self._r
         rows = r.row_of[key]
         absent = rows == r.far[key]
         r.row_of[key] = torch.where(absent, at, rows)
         r.key_of[at] = torch.where(absent, key, NO_KEY).int()
-        # Whether the device had it already shows in a later report (see plan); until then it counts as held.
+        # Whether the device had it already shows in the next step's report; until then it counts as held.
         places = np.asarray(slots) - self._first
-        self._key_of[places], self._unused[places] = keys, True
+        self._key_of[places], self._unused[places], self._since[places] = keys, True, tick
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._r.slabs.device)

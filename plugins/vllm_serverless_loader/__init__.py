@@ -22,7 +22,7 @@ _MODULE_OF = {
     "StoreClient": "loading.store",
     "StoreServer": "loading.store",
     "TensorEntry": "checkpoint.index",
-    "convert": "convert",
+    "convert": "conversion",
     "load_checkpoint": "checkpoint.reader",
     "open_checkpoint": "checkpoint.reader",
     "write_partition": "checkpoint.writer",

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from vllm_serverless_loader.convert import convert
+    from vllm_serverless_loader.conversion import convert
 
     path = convert(
         options.model,

@@ -55,7 +55,8 @@ class Ingress:
                 "server": grant["server"],
                 "tier": grant["tier"],
                 "estimated_s": grant["estimated_s"],
-                "measured_s": time.perf_counter() - begin,
+                "load_s": grant.get("load_s", 0.0),
+                "startup_s": time.perf_counter() - begin,
                 "migrations": len(grant["migrations"]),
             }
             yield {"start": start}
@@ -75,7 +76,12 @@ class Ingress:
                 break
         if grant["tier"] != "device":
             loaded = await self._controller.begin.remote(grant["instance"])
-            grant = {**grant, "engine": loaded["engine"], "tier": loaded["tier"]}
+            grant = {
+                **grant,
+                "engine": loaded["engine"],
+                "tier": loaded["tier"],
+                "load_s": loaded["seconds"],
+            }
         return grant
 
     async def _migrate(self, grant: dict[str, Any]) -> bool:

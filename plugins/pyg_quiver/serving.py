@@ -305,7 +305,12 @@ class InferenceEngine:
     def _something_to_do(self) -> bool:
         if self._stopping or (self._deadlines and self._deadlines[0].deadline <= time.perf_counter()):
             return True
-        return bool(self._queue) and any(lane.has_room for lane in self._lanes)
+        return bool(self._queue) and self._has_room()
+
+    def _has_room(self) -> bool:
+        """Whether the worker that the next batch would go to is free for it (or none is left to wait for)."""
+        lane = self._lane_for(min(self._waiting_psgs, self._max_batch_psgs))
+        return lane is None or lane.has_room
 
     def _backlog_s(self) -> float:
         """Predicted seconds until what is waiting now has been served."""
@@ -330,7 +335,7 @@ class InferenceEngine:
         """Take requests up to the work of a batch, waiting a little for more; called with the lock held."""
         while self._queue and self._queue[0].future.done():
             _acknowledge(self._take_first())
-        if not self._queue or not any(lane.has_room for lane in self._lanes):
+        if not self._queue or not self._has_room():
             return None
         ready_at = self._queue[0].submitted + self._max_wait_s
         self._changed.wait_for(
@@ -362,20 +367,27 @@ class InferenceEngine:
         return request
 
     def _send(self, batch: _Batch) -> None:
-        alive = [lane for lane in self._lanes if not lane.dead]
-        if not alive:
+        lane = self._lane_for(batch.psgs)
+        if lane is None:
             self._finish_batch(batch, RuntimeError("all workers died"))
-            return
+        else:
+            lane.put(batch, self._predict(lane.route, batch.psgs))
+
+    def _lane_for(self, psgs: float) -> _Lane | None:
+        """The worker for a batch: of the router's route the one that is free first; None if all died."""
         first_free: dict[str, _Lane] = {}
-        for lane in alive:
+        for lane in self._lanes:
+            if lane.dead:
+                continue
             if lane.route not in first_free or lane.free_at < first_free[lane.route].free_at:
                 first_free[lane.route] = lane
+        if not first_free:
+            return None
         route = next(iter(first_free))
         if self._router is not None:
             free_at = {name: lane.free_at for name, lane in first_free.items()}
-            route = self._router.choose(batch.psgs, time.perf_counter(), free_at)
-        lane = first_free.get(route) or next(iter(first_free.values()))
-        lane.put(batch, self._predict(lane.route, batch.psgs))
+            route = self._router.choose(psgs, time.perf_counter(), free_at)
+        return first_free.get(route) or next(iter(first_free.values()))
 
     def _predict(self, route: str, work: float) -> float:
         if isinstance(self._router, EarliestFinishRouter):

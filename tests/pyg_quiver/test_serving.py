@@ -388,6 +388,24 @@ def test_qv23_degrading_answers_more_in_time_at_twice_the_capacity(features, top
     assert degrading >= 1.3 * refusing
 
 
+def test_qv11_an_idle_route_does_not_let_a_busy_one_collect_requests(model, features, topology, sampler):
+    gate = Gate(model)
+    routes = {"cpu": sampler, "gpu": QuiverSampler(topology, [5, 4], seed=11)}
+    with InferenceEngine(
+        gate, features, routes, router=ThresholdRouter(-1.0), max_queue=5, max_batch_psgs=1.0, max_wait_ms=0
+    ) as engine:
+        accepted = []
+        while len(accepted) < 100:
+            try:
+                accepted.append(engine.submit(torch.tensor([0])))
+            except EngineOverloaded:
+                break
+            time.sleep(0.005)
+        assert len(accepted) <= 5 + 2 + 1  # waiting, running and next at the busy route
+        gate.open.set()
+        assert {future.result(30).route for future in accepted} == {"gpu"}
+
+
 def test_several_workers_of_a_route_run_at_once_and_predictions_learn(model, features, topology, sampler):
     together = threading.Barrier(2, timeout=20)
 

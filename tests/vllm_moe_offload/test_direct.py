@@ -197,6 +197,28 @@ def test_mo08_a_right_prediction_turns_a_miss_into_a_hit_and_a_new_one_replaces_
     assert cache.stats["misses"] == 0
 
 
+def test_mo08_a_slot_whose_expert_the_device_brought_in_first_is_used_again():
+    clock = SimulatedClock()
+    link = SimulatedCopyEngine(clock, bytes_per_s=1e12)
+    cache = make(8, layers=2, host_slots=1, copy_engine=link)  # experts 0 to 3 of both layers have the slots
+    for turn, guess in enumerate((4, 8, 8)):
+        cache.share = np.zeros((2, EXPERTS))
+        cache.share[0, guess] = 0.9
+        cache.plan_ahead()
+        tokens = 1 if turn else 40  # a large batch brings in what is missing, 4 first of all
+        cache.begin_step(tokens)
+        ids = np.stack([np.roll(np.arange(EXPERTS), row)[:TOP_K] for row in range(tokens)])
+        cache.serve(0, torch.from_numpy(ids).int(), remap=False)
+        clock.advance(1)
+        finish_step(cache, tokens)
+    assert 4 in cache.resident(0)
+    assert int(cache._r.key_of[7]) == residency.NO_KEY  # 4 had arrived for nothing, 8 is on its way
+    cache.begin_step(1)
+    assert cache._r.key_of[7] == 8
+    assert cache.stats["prefetched"] == 2
+    cache.verify()
+
+
 def test_padding_and_dummy_passes_leave_no_trace():
     cache = make(6)
     cache.begin_step(0)

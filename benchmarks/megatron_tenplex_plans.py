@@ -42,7 +42,7 @@ def layout(shape, workers, degrees, precision="fp32"):
 
 
 def reference_rows():
-    """Bytes of the seven reference changes of a small GPT: identity, placed, the paper code's busiest sender."""
+    """Bytes of seven changes of a small GPT: identity, placed, and the paper code's busiest sender."""
     rows = []
     for workers, before, after in ROWS:
         source, target = layout(SMALL, workers, before), layout(SMALL, workers, after)

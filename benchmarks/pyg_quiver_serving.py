@@ -185,13 +185,13 @@ def servers(setting: Setting) -> dict[str, Callable[[], AbstractContextManager[S
         found["pyg_quiver, degrading"] = lambda: engine(degrading=True)
         return found
     on_gpu = QuiverSampler(setting.there, SIZES[3], mode="gpu", backend="torch")
-    profile = calibrate(setting.samplers, batch_sizes=(1, 4, 16, 64, 256), repeats=8)
-    found["torch-only GPU sampling"] = lambda: one_at_a_time(setting, on_gpu)
-    found["CPU only"] = lambda: engine(routes=("cpu",))
+    cost = calibrate(setting.samplers, batch_sizes=(1, 4, 16, 64, 256), repeats=5)
+    found["earliest finish"] = lambda: engine(EarliestFinishRouter(cost.cost))
     found["GPU only"] = lambda: engine(routes=("gpu",))
-    found["threshold"] = lambda: engine(ThresholdRouter.from_profile(profile))
-    found["earliest finish"] = lambda: engine(EarliestFinishRouter(profile.cost))
-    found["earliest finish, degrading"] = lambda: engine(EarliestFinishRouter(profile.cost), degrading=True)
+    found["CPU only"] = lambda: engine(routes=("cpu",))
+    found["earliest finish, degrading"] = lambda: engine(EarliestFinishRouter(cost.cost), degrading=True)
+    found["threshold"] = lambda: engine(ThresholdRouter.from_profile(cost))
+    found["torch-only GPU sampling"] = lambda: one_at_a_time(setting, on_gpu)
     return found
 
 
@@ -333,7 +333,7 @@ def plot(folder: Path) -> Path:
     for axes in (latency, good, late):
         axes.set(xscale="log", xlabel="offered load, requests/s")
         axes.grid(alpha=0.3)
-    latency.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
         ", ".join([*(result["hardware"]["gpus"][:1] or [result["hardware"]["cpu"]]), result["graph"]])
     )
@@ -358,6 +358,7 @@ def main() -> None:
         "--budget", type=float, default=float("inf"), help="seconds after which no server is started"
     )
     parser.add_argument("--quick", action="store_true", help="a graph 20 times smaller, short runs")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each offered load")
     parser.add_argument("--plot", action="store_true", help="only draw what was measured before")
     options = parser.parse_args()
     if options.plot:
@@ -368,7 +369,7 @@ def main() -> None:
     if not GPU:
         torch.set_num_threads(1)  # the servers' threads are the parallelism
     setting = make_setting(20 if options.quick else 1)
-    seconds = 0.4 if options.quick else 1.5
+    seconds = 0.4 if options.quick else options.seconds
     graph = f"{setting.topology.num_nodes:,} nodes, {setting.topology.num_edges:,} edges, fan-outs {SIZES[3]}"
     curves: dict[str, list[dict[str, Any]]] = {}
     more: dict[str, Any] = {"graph": graph, "slo_s": SLO_S, "left_out": []}

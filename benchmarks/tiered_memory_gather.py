@@ -28,7 +28,7 @@ from benchmarks.common import RESULTS, Headline, interleaved, write_result  # no
 from tiered_memory.arena import PinnedArena  # noqa: E402
 from tiered_memory.gather import gather_rows, gather_segments, peer_access  # noqa: E402
 
-WIDTHS = (64, 128, 256, 400, 512, 1024, 4096)
+WIDTHS = (128, 512, 4096, 1024, 256, 64)
 # (units of a block, warps, most programs at once or 0)
 DEVICE_SHAPES = (
     (256, 4, 0),
@@ -357,12 +357,12 @@ def main() -> None:
     arena.buffer.copy_(memory[: arena.nbytes])
     batch, wide = (1 << 26) // scale, (1 << 30) // scale
     stages: dict[str, Callable[[], None]] = {
+        "pages": lambda: pages(measure, arena, batch),
         "HBM": lambda: hbm(measure, memory, wide),
         "pinned": lambda: pinned(measure, arena.buffer, batch),
         "small": lambda: small(measure, memory),
         "peer": lambda: peer(measure, (4 << 30) // scale, wide),
         "segments": lambda: segments(measure, arena, batch),
-        "pages": lambda: pages(measure, arena, batch),
         "sweep of device shapes": lambda: sweep(measure, memory, wide, "HBM", (128, 512, 1024, 4096)),
         "sweep of host shapes": lambda: sweep(measure, arena.buffer, batch, "pinned", (128, 512, 4096)),
     }

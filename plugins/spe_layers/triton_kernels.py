@@ -1,7 +1,7 @@
 """The fused kernels themselves: encoding, matrix product and sine in one pass, backward by recomputation.
 
 Every product is one of float16 halves on the tensor cores: v = high + low with 11 bits each. With three TERMS
-(high high + high low + low high, summed in float32) that is as exact as a float32 product; with one it is
+(high low + low high + high high, the small ones first, summed in float32) that is as exact as a float32 product; with one it is
 as exact as TF32. Sines fit float16 as they are; the weight is packed with a power of two that brings its
 largest entry to 2^13, gradients get a running power of two a row, coordinates beyond 2^14 one a tile.
 
@@ -222,10 +222,11 @@ def forward_kernel(
         sines, cosines, restore = _features(t, x_ptr, rows, N, stride_n, stride_d, P, D, INPUT, BIAS, BP)
         s, s_low = _halves(sines)
         c, c_low = _halves(cosines)
-        z = tl.dot(c, wc.T, tl.dot(s, ws.T))
+        z = tl.zeros((BN, BH), dtype=tl.float32)
         if TERMS == 3:
             z = tl.dot(c, wc_low.T, tl.dot(s, ws_low.T, z))
             z = tl.dot(c_low, wc.T, tl.dot(s_low, ws.T, z))
+        z = tl.dot(c, wc.T, tl.dot(s, ws.T, z))
         y = _sine(_fraction_of_turn(z, unscale * restore))
         out = y_ptr + rows.to(tl.int64)[:, None] * H + units[None, :]
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (units < H)[None, :])
@@ -258,23 +259,24 @@ def weight_grad_kernel(
         sines, cosines, restore = _features(t, x_ptr, rows, N, stride_n, stride_d, P, D, INPUT, BIAS, BP)
         s, s_low = _halves(sines)
         c, c_low = _halves(cosines)
-        z = tl.dot(wc, c.T, tl.dot(ws, s.T))
+        z = tl.zeros((BH, BN), dtype=tl.float32)
         if TERMS == 3:
             z = tl.dot(wc_low, c.T, tl.dot(ws_low, s.T, z))
             z = tl.dot(wc, c_low.T, tl.dot(ws, s_low.T, z))
+        z = tl.dot(wc, c.T, tl.dot(ws, s.T, z))
         g = grad * _cosine(_fraction_of_turn(z, unscale * restore))
         # Sums stand relative to the largest gradient so far of their unit, as in a running softmax.
         peak = tl.maximum(top, _exponent(tl.max(tl.abs(g), axis=1) * restore))
         shrink = _power(tl.maximum(127 + top - peak, 0))[:, None]
-        ds *= shrink
-        dc *= shrink
         top = peak
         g, g_low = _halves(g * (_inverse_power(peak - _TARGET) * restore)[:, None])
-        ds = tl.dot(g, s, ds)
-        dc = tl.dot(g, c, dc)
         if TERMS == 3:
-            ds = tl.dot(g_low, s, tl.dot(g, s_low, ds))
-            dc = tl.dot(g_low, c, tl.dot(g, c_low, dc))
+            # Tensor cores cut sums off instead of rounding: over many tiles that must not be the running sum.
+            ds = ds * shrink + tl.dot(g, s, tl.dot(g_low, s, tl.dot(g, s_low)))
+            dc = dc * shrink + tl.dot(g, c, tl.dot(g_low, c, tl.dot(g, c_low)))
+        else:
+            ds = tl.dot(g, s, ds * shrink)
+            dc = tl.dot(g, c, dc * shrink)
     width: tl.constexpr = 2 * P + (D if INPUT else 0) + (1 if BIAS else 0)
     out = dw_ptr + (tl.program_id(0).to(tl.int64) * H + units)[:, None] * width
     column = _columns(0, P, D, INPUT, BIAS, BP)[None, :]
@@ -307,23 +309,23 @@ def coordinate_grad_kernel(
         grad = tl.load(from_above, mask=(rows < N)[:, None] & (units < H)[None, :], other=0.0).to(tl.float32)
         at = packed_ptr + units[:, None] * (2 * BP) + cols[None, :]
         ws, wc = tl.load(at), tl.load(at + BP)
-        z = tl.dot(c, wc.T, tl.dot(s, ws.T))
+        z = tl.zeros((BN, BH), dtype=tl.float32)
         if TERMS == 3:
             ws_low, wc_low = tl.load(at + padded), tl.load(at + padded + BP)
             z = tl.dot(c, wc_low.T, tl.dot(s, ws_low.T, z))
             z = tl.dot(c_low, wc.T, tl.dot(s_low, ws.T, z))
+        z = tl.dot(c, wc.T, tl.dot(s, ws.T, z))
         g = grad * _cosine(_fraction_of_turn(z, unscale * restore))
         peak = tl.maximum(top, _exponent(tl.max(tl.abs(g), axis=1)))
         shrink = _power(tl.maximum(127 + top - peak, 0))[:, None]
-        ds *= shrink
-        dc *= shrink
         top = peak
         g, g_low = _halves(g * _inverse_power(peak - _TARGET)[:, None])
-        ds = tl.dot(g, ws, ds)
-        dc = tl.dot(g, wc, dc)
         if TERMS == 3:
-            ds = tl.dot(g_low, ws, tl.dot(g, ws_low, ds))
-            dc = tl.dot(g_low, wc, tl.dot(g, wc_low, dc))
+            ds = ds * shrink + tl.dot(g, ws, tl.dot(g_low, ws, tl.dot(g, ws_low)))
+            dc = dc * shrink + tl.dot(g, wc, tl.dot(g_low, wc, tl.dot(g, wc_low)))
+        else:
+            ds = tl.dot(g, ws, ds * shrink)
+            dc = tl.dot(g, wc, dc * shrink)
     scale = (_power(top - _TARGET) * (unscale * _TURN))[:, None]
     ds *= scale
     dc *= scale

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 def checks() -> list[dict]:
     from benchmarks.spe_layers_gpu import correctness
 
-    return correctness()
+    return correctness(timed=True) + correctness(timed=False)
 
 
 def test_sp04_sp05_sp06_sp07_sp08_sp21_kernels_equal_the_twin_on_the_device(checks):

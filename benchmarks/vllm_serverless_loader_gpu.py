@@ -225,13 +225,11 @@ def pinning(report: Report, nbytes: int) -> None:
 
     from tiered_memory import arena as arena_module
 
-    def pin(threads: int, *, shared: bool = False, huge: bool = True, populate: bool = True) -> float:
-        saved_advice, saved_populate = mmap.MADV_HUGEPAGE, arena_module.populate
+    def pin(threads: int, *, shared: bool = False, huge: bool = True) -> float:
+        saved_advice = mmap.MADV_HUGEPAGE
         try:
             if not huge:
                 mmap.MADV_HUGEPAGE = mmap.MADV_NOHUGEPAGE
-            if not populate:
-                arena_module.populate = lambda *_: None
             synchronize()
             start = time.perf_counter()
             with PinnedArena(nbytes, pinned=False, shared=shared, threads=threads) as made:
@@ -241,15 +239,11 @@ def pinning(report: Report, nbytes: int) -> None:
                     arena_module.populate(made.buffer.data_ptr(), nbytes, threads)
                 return (time.perf_counter() - start) * 2**30 / nbytes
         finally:
-            mmap.MADV_HUGEPAGE, arena_module.populate = saved_advice, saved_populate
+            mmap.MADV_HUGEPAGE = saved_advice
 
     arms: dict[str, Callable[[], float]] = {
-        "registration alone, 4 KiB pages": lambda: pin(1, huge=False, populate=False),
         "1 thread, 4 KiB pages": lambda: pin(1, huge=False),
         "16 threads, 4 KiB pages": lambda: pin(16, huge=False),
-        "1 thread, huge pages": lambda: pin(1),
-        "4 threads, huge pages": lambda: pin(4),
-        "8 threads, huge pages": lambda: pin(8),
         "16 threads, huge pages": lambda: pin(16),
         "16 threads, shared memory": lambda: pin(16, shared=True),
     }
@@ -320,16 +314,10 @@ def warm(report: Report, plain: Path, stored: Path, nbytes: int, repeats: int) -
         report.add("pinned copy", limit, "B/s")
     threads = min(16, CORES)
     all_arms = peers(plain, device)
-    for count in (4, 8, 16):
-        all_arms[f"ours, safetensors, {count} threads"] = lambda count=count: ours(
-            plain, device, io_threads=count, staging_chunks=2 * count
-        )
-    all_arms["ours, own format, verified"] = lambda: ours(
-        stored, device, io_threads=threads, staging_chunks=32
-    )
-    all_arms["ours, own format, not verified"] = lambda: ours(
-        stored, device, io_threads=threads, staging_chunks=32, verify=False
-    )
+    options: dict[str, Any] = {"io_threads": threads, "staging_chunks": 32}
+    all_arms["ours, safetensors"] = lambda: ours(plain, device, chunk_bytes=4 << 20, **options)
+    all_arms["ours, own format, verified"] = lambda: ours(stored, device, **options)
+    all_arms["ours, own format, not verified"] = lambda: ours(stored, device, verify=False, **options)
     reference = all_arms["safetensors"]()
     arms = {}
     for name, run in all_arms.items():
@@ -349,11 +337,7 @@ def warm(report: Report, plain: Path, stored: Path, nbytes: int, repeats: int) -
     for name, values in seconds.items():
         report.samples[f"warm: {name}"] = values
         report.add(f"resident file to device, {name}", [nbytes / value for value in values], "B/s")
-    for name in (
-        "ours, safetensors, 16 threads",
-        "ours, own format, not verified",
-        "ours, own format, verified",
-    ):
+    for name in [name for name in seconds if name.startswith("ours")]:
         ratios = [a / b for a, b in zip(seconds["safetensors"], seconds[name], strict=True)]
         report.add(f"speed-up over safetensors, resident, {name}", ratios, "x", ">= 5.5" if CUDA else "")
 
@@ -391,7 +375,8 @@ def store(report: Report, plain: Path, nbytes: int, repeats: int, socket: str) -
 
     def load(push: bool) -> None:
         with StoreClient(socket, push=push) as client, client.open(plain) as model:
-            model.load(into=into, options=LoadOptions(io_threads=threads, staging_chunks=32))
+            options = LoadOptions(io_threads=threads, staging_chunks=32, chunk_bytes=4 << 20)
+            model.load(into=into, options=options)
 
     def views() -> None:
         with StoreClient(socket) as client, client.open(plain) as model:

@@ -93,7 +93,11 @@ class PinnedArena:
             raise ValueError(f"arena: nbytes and threads must be at least 1, got {nbytes} and {threads}")
         try:
             fd = _shared_memory(int(nbytes)) if shared else None
-            mapping = _Mapping(-1 if fd is None else fd, int(nbytes))
+            if fd is None:
+                # A private mapping: shared anonymous memory gets no transparent huge pages on most systems.
+                mapping = _Mapping(-1, int(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else:
+                mapping = _Mapping(fd, int(nbytes))
         except (OSError, OverflowError) as error:
             raise MemoryError(
                 f"arena: cannot map {gib(int(nbytes))}, free memory {gib(available_bytes())}"

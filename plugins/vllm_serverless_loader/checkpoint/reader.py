@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tiered_memory import PinnedArena
 from vllm_serverless_loader.checkpoint.index import (
     CheckpointKey,
     CorruptCheckpointError,
@@ -319,7 +320,7 @@ def load_from(
     threads = options.io_threads
     if into is None and device.type == "cpu":
         # Page-aligned, so that direct reads need no bounce buffer.
-        memory = torch.frombuffer(mmap.mmap(-1, max(index.num_bytes, 1)), dtype=torch.uint8)
+        memory = PinnedArena(max(index.num_bytes, 1), pinned=False).buffer
         extents = Extents([memory])
         fill_host(source, chunks, lambda chunk: memory_pieces(extents, chunk), threads=threads)
         tensors: Mapping[str, Tensor] = _tied(

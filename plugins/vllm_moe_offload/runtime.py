@@ -219,10 +219,12 @@ class ModelOffload:
     def learn(self, *, wait: bool = False) -> None:
         """Learn from the steps that the device completed, or, with ``wait``, from all."""
         for pool, cache in enumerate(self._direct_caches()):
-            tokens: dict[str, int] = {}
+            report = None
             for report in cache.reports(wait=wait):
-                tokens = {request: rows.stop - rows.start for request, rows in report.note.rows}
                 self._trace(pool, report)
+            if report is None:
+                continue
+            tokens = {request: rows.stop - rows.start for request, rows in report.note.rows}
             if tokens and (self.config.policy == "eam" or self._prefetches):
                 cache.share = self.estimators[pool].step_share(tokens)
             cache.plan_ahead()

@@ -368,6 +368,11 @@ def store(report: Report, plain: Path, nbytes: int, repeats: int, socket: str) -
     start = time.perf_counter()
     with StoreClient(socket) as client, client.open(plain):
         report.add("first request: file to pool", [nbytes / (time.perf_counter() - start)], "B/s")
+    with StoreClient(socket) as client:
+        end = time.perf_counter() + 20
+        while CUDA and not client.status()["pinned"] and time.perf_counter() < end:
+            time.sleep(0.2)
+        report.facts["store_pool_pinned"] = client.status()["pinned"]
     with open_checkpoint(plain) as checkpoint:
         entries = checkpoint.index.tensors
     into = {name: torch.empty(e.shape, dtype=e.dtype, device=device) for name, e in entries.items()}

@@ -165,7 +165,8 @@ class StoreServer:
         elif operation == "models":
             models = [{"path": path, "rank": rank} for path, rank in self.cache.models]
             used, capacity = self.cache.used_bytes, self.cache.capacity_bytes
-            _send(connection, {"models": models, "used_bytes": used, "capacity_bytes": capacity})
+            facts = {"used_bytes": used, "capacity_bytes": capacity, "pinned": self.cache.arena.pinned}
+            _send(connection, {"models": models, **facts})
         else:
             _send(connection, _refusal(ValueError(f"store: unknown operation {operation!r}")))
 
@@ -289,7 +290,11 @@ class StoreClient:
 
     def models(self) -> list[dict[str, Any]]:
         """Cached models, ``{"path", "rank"}``, least recently used first."""
-        return list(self._request({"op": "models"})["models"])
+        return list(self.status()["models"])
+
+    def status(self) -> dict[str, Any]:
+        """``models``, ``used_bytes``, ``capacity_bytes``, and whether the pool is page-locked yet."""
+        return self._request({"op": "models"})
 
     def close(self) -> None:
         """Disconnect; the store then releases this client's leases. Idempotent."""

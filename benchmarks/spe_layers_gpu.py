@@ -138,7 +138,7 @@ def compare(
 
 
 def correctness(*, timed: bool) -> list[dict[str, Any]]:
-    """The checks of the layer that is timed, or all others; those that change no global setting run at once, since most of their time is compiling."""
+    """The checks of the timed layer, or all others; at once where they set nothing global: they compile."""
     results: list[dict[str, Any]] = []
     torch.manual_seed(0)
     waiting: list[tuple[str, Callable[[], dict[str, Any]]]] = []

@@ -5,7 +5,8 @@
 
 A small FastSpeech2Conformer of transformers learns 96 sentences and is scored on 32 others, given the true
 durations, pitches and energies. Arms differ in the head before the last Linear alone; "wide" has as many
-parameters as SPE. Same learning rate, steps and seeds for every arm. Errors are mean squares of the mel spectrogram in units of its variance, of all bands and above 4 kHz.
+parameters as SPE. Same learning rate, steps and seeds for every arm. Errors are mean squares of the mel
+spectrogram in units of its variance, of all bands and above 4 kHz.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class HashGrid(nn.Module):
     """
 
     primes: Tensor
+    corners: Tensor
 
     def __init__(
         self, in_features: int, *, levels: int, features: int, log2_size: int, coarsest: int, finest: int
@@ -85,18 +86,20 @@ class HashGrid(nn.Module):
         self.log2_size, self.out_features = log2_size, levels * features
         self.tables = nn.Parameter(torch.empty(levels, 2**log2_size, features).uniform_(-1e-4, 1e-4))
         self.register_buffer("primes", torch.tensor(_PRIMES[:in_features]), persistent=False)
+        corners = torch.cartesian_prod(*[torch.tensor([0, 1])] * in_features).reshape(-1, in_features)
+        self.register_buffer("corners", corners, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., levels * features]."""
-        dims = x.shape[-1]
-        corners = torch.cartesian_prod(*[torch.tensor([0, 1], device=x.device)] * dims).reshape(-1, dims)
         found = []
         for table, cells in zip(self.tables, self.cells, strict=True):
             position = (x.clamp(-1, 1) + 1) / 2 * cells
             low = position.floor()
             fraction = (position - low).unsqueeze(-2)
-            weight = torch.where(corners == 1, fraction, 1 - fraction).prod(-1)
-            found.append((table[self._rows(low.long().unsqueeze(-2) + corners)] * weight[..., None]).sum(-2))
+            weight = torch.where(self.corners == 1, fraction, 1 - fraction).prod(-1)
+            found.append(
+                (table[self._rows(low.long().unsqueeze(-2) + self.corners)] * weight[..., None]).sum(-2)
+            )
         return torch.cat(found, dim=-1)
 
     def _rows(self, corner: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The fused kernels themselves: encoding, matrix product and sine in one pass, backward by recomputation.
 
 Every product is one of float16 halves on the tensor cores: v = high + low with 11 bits each. With three TERMS
-(high low + low high + high high, the small ones first, summed in float32) that is as exact as a float32 product; with one it is
-as exact as TF32. Sines fit float16 as they are; the weight is packed with a power of two that brings its
-largest entry to 2^13, gradients get a running power of two a row, coordinates beyond 2^14 one a tile.
+(high low + low high + high high, the small ones first, summed in float32) that is as exact as a float32
+product; with one it is as exact as TF32. Sines fit float16 as they are; the weight is packed with a power of
+two that brings its largest entry to 2^13, gradients get a running power of two a row, coordinates beyond 2^14
+one a tile.
 
 Packed features come in two halves of BP columns, so that a sine and its cosine share a phase:
     sines of P = D L waves (band 0 of every coordinate, band 1, ...), spare columns; cosines, spare columns.

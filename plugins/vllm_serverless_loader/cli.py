@@ -60,6 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probe.add_argument("--disk", default=".", help="a folder on the disk that holds models")
     probe.add_argument("--size", default="256MiB")
 
+    simulate = commands.add_parser("simulate", help="compare placement policies on a bursty trace")
+    simulate.add_argument("--servers", type=int, default=8)
+    simulate.add_argument("--gpus", type=int, default=4, help="of each server")
+    simulate.add_argument("--models", type=int, default=16)
+    simulate.add_argument("--model-size", default="14GB")
+    simulate.add_argument("--host-cache", default="64GB", help="of each server")
+    simulate.add_argument("--requests-per-s", type=float, default=0.5)
+    simulate.add_argument("--seconds", type=float, default=600.0)
+    simulate.add_argument("--cv", type=float, default=4.0, help="burstiness; 1 is Poisson")
+    simulate.add_argument(
+        "--azure", help="CSV of the Azure Functions trace of 2019, instead of a Gamma process"
+    )
+    simulate.add_argument("--seed", type=int, default=0)
+
     doctor = commands.add_parser("doctor", help="say why the load format would not work (exit code 1)")
     doctor.add_argument("--model", help="model directory; checked if given")
     doctor.add_argument(
@@ -158,6 +172,33 @@ def _probe(options: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         found["host"] = measure_bandwidth("host_to_device", nbytes=nbytes).bytes_per_s
     print(json.dumps({link: round(value) for link, value in found.items()}))
+    return 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from vllm_serverless_loader.scheduling.cluster import ModelInfo
+    from vllm_serverless_loader.scheduling.policies import (
+        FirstAvailablePolicy,
+        LocalityPolicy,
+        RandomPolicy,
+        StartupTimePolicy,
+    )
+    from vllm_serverless_loader.simulation.simulator import ServerSpec, simulate
+    from vllm_serverless_loader.simulation.trace import Trace
+
+    names = [f"model-{number}" for number in range(options.models)]
+    models = {name: ModelInfo(name, (parse_size(options.model_size),)) for name in names}
+    rate, seconds, seed = options.requests_per_s, options.seconds, options.seed
+    if options.azure is None:
+        trace = Trace.gamma(names, requests_per_s=rate, duration_s=seconds, cv=options.cv, seed=seed)
+    else:
+        trace = Trace.azure_functions(
+            options.azure, names, requests_per_s=rate, duration_s=seconds, seed=seed
+        )
+    spec = ServerSpec(num_gpus=options.gpus, host_cache_bytes=parse_size(options.host_cache))
+    for policy in (RandomPolicy, FirstAvailablePolicy, LocalityPolicy, StartupTimePolicy):
+        result = simulate(trace, list(models.values()), [spec] * options.servers, policy(models))
+        print(json.dumps({"policy": policy.__name__, **result.summary()}))
     return 0
 
 

@@ -65,6 +65,16 @@ def test_sl22_probe_measures_disk_and_memory(tmp_path, capsys):
     assert all(rate > 1e6 for rate in found.values())
 
 
+def test_sl22_simulate_compares_the_policies(capsys):
+    assert main(["simulate", "--servers", "2", "--seconds", "60", "--models", "4"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ["RandomPolicy", "FirstAvailablePolicy", "LocalityPolicy", "StartupTimePolicy"]
+    assert [row["policy"] for row in rows] == names
+    assert len({row["requests"] for row in rows}) == 1
+    assert all(row["startup_p99_s"] >= row["startup_p50_s"] > 0 for row in rows)
+    assert main(["simulate", "--models", "0"]) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("64GiB", 64 << 30), ("500MB", 500_000_000), ("1.5k", 1500), ("7", 7)]
 )

@@ -5,6 +5,7 @@
 One GPU with vLLM and, for the part `dram`, Nsight Compute. Model: the shape of Qwen3-30B-A3B with fewer
 layers and random weights, under vLLM's default graphs. Parts:
   overhead  time per output token with and without recording, in one engine that holds both sets of graphs
+  replay    the same by the device's clock alone: whole-pass graphs replayed without vLLM's host work
   oracle    counts of every pass against each layer's own copy, read after a full synchronisation
   bench     throughput of a recorded run against the timing loop of `vllm bench throughput`, not recorded
   energy    NVML's energy counter against its power readings, summed
@@ -49,8 +50,8 @@ from moecap_eval.workload import StepRecord
 
 NAME, MAX_SEQS, MAX_ROWS = "moecap_eval_gpu", 32, 512
 BATCHES = (1, 8, 32)
-SHARES = {"overhead": 0.20, "bench": 0.06, "dram": 0.40}
-SPIN = "spin_kernel"
+SHARES = {"overhead": 0.24, "bench": 0.06, "dram": 0.42}
+SPIN, REPLAYS = "spin_kernel", 16
 
 
 def __getattr__(name: str) -> type:
@@ -120,6 +121,45 @@ class _Switching:
 
     def bench_oracle(self) -> list[dict[str, list[int]]]:
         return self._oracle or []
+
+    def bench_replay(self, rows: int, turns: int) -> dict[str, list[float]]:
+        """Seconds of a whole-pass graph replayed alone, with the gather in it, and with all of recording."""
+        from vllm.config.compilation import CUDAGraphMode
+
+        full = next(
+            index
+            for index, wrapper in enumerate(self._wrappers)
+            if wrapper.runtime_mode == CUDAGraphMode.FULL
+        )
+        graphs = {
+            name: next(
+                entry.cudagraph
+                for descriptor, entry in self._sets[name][0][full].items()
+                if descriptor.num_tokens == rows
+            )
+            for name in ("off", "on")
+        }
+        counters = self._moecap._counters  # type: ignore[attr-defined]
+
+        def recorded() -> None:
+            counters.begin()
+            graphs["on"].replay()
+            counters.end(rows)
+
+        arms = {"plain": graphs["off"].replay, "gather": graphs["on"].replay, "recorded": recorded}
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for turn in range(turns + 1):
+            for arm in [*arms][turn % 3 :] + [*arms][: turn % 3]:
+                start.record()
+                for _ in range(REPLAYS):
+                    arms[arm]()
+                stop.record()
+                stop.synchronize()
+                if turn:  # the first turn warms up
+                    seconds[arm].append(start.elapsed_time(stop) / 1e3 / REPLAYS)
+        counters.drain()
+        return seconds
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._oracle is not None:
@@ -328,6 +368,35 @@ def _overhead_rows(bench: Bench, batch: int, seconds: dict[str, list[float]], an
         ),
     ]
     print(bench.headline[-2], bench.headline[-1], sep="\n", flush=True)
+
+
+def replay(bench: Bench) -> None:
+    """The pass that a batch has just run, replayed without vLLM's host work between."""
+    for batch in BATCHES:
+        bench.use("on")
+        time_per_token(bench.llm, batch, 16)
+        _replay_rows(bench, batch, bench.llm.collective_rpc("bench_replay", args=(batch, 25))[0])
+        engine.drain_steps(bench.llm)
+
+
+def _replay_rows(bench: Bench, batch: int, seconds: dict[str, list[float]]) -> None:
+    """The device's own time, whatever the host does meanwhile."""
+    bench.samples |= {f"batch {batch}, replayed graph, {arm}": values for arm, values in seconds.items()}
+    for arm, what in (("gather", "with the gather in its graph"), ("recorded", "recorded")):
+        cost = paired_ratio(seconds["plain"], seconds[arm])
+        extra = statistics.median(seconds[arm]) - statistics.median(seconds["plain"])
+        bench.headline.append(
+            Headline(
+                f"device time of a pass {what}, over not, batch {batch}",
+                cost.value,
+                "x",
+                cost.low,
+                cost.high,
+                target="<= 1.005" if arm == "recorded" else "",
+                note=f"{1e6 * extra:.1f} us more than {1e3 * statistics.median(seconds['plain']):.3f} ms",
+            )
+        )
+        print(bench.headline[-1], flush=True)
 
 
 def _utilisation_rows(
@@ -612,6 +681,7 @@ def child(steps_file: Path, layers: int) -> None:
 
 PARTS = {
     "overhead": overhead,
+    "replay": replay,
     "oracle": oracle,
     "bench": vllm_bench,
     "energy": energy,

@@ -13,6 +13,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ Router = ThresholdRouter | EarliestFinishRouter
 # Batches that wait at a route while it works: with more, requests would miss better routes.
 _BATCHES_AHEAD = 1
 _SMOOTHING = 0.2
+_RECENT = 10_000
 _MOST_CORRECTION = 4.0  # a batch that compiled or waited says little about the next
 
 
@@ -61,7 +63,18 @@ class Response:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Requests since the start; ``per_route`` and ``degraded`` count completed ones."""
+    """Requests since the start, and how it stands now.
+
+    Attributes:
+        accepted: requests that were not refused.
+        rejected: requests that met a full queue.
+        failed: accepted ones that ended in an exception.
+        completed: answers.
+        per_route: answers of each route.
+        degraded: answers from the smaller fan-outs.
+        waiting: requests in the queue now.
+        latency_s: "p50", "p99" and "p99.9" of the last 10,000 answers, from submission; empty without.
+    """
 
     accepted: int
     rejected: int
@@ -69,6 +82,8 @@ class EngineStats:
     completed: int
     per_route: dict[str, int]
     degraded: int = 0
+    waiting: int = 0
+    latency_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(order=True)
@@ -157,6 +172,7 @@ class InferenceEngine:
         self._in_flight: dict[int, _Request] = {}
         self._accepted = self._rejected = self._failed = self._completed = self._degraded = 0
         self._waiting_psgs = 0.0
+        self._recent_s: deque[float] = deque(maxlen=_RECENT)
         self._per_route = dict.fromkeys(routes, 0)
         self._second_per_psgs = 1e-7
         self._lanes = [_Lane(self, route, i) for route in routes for i in range(count[route])]
@@ -231,12 +247,16 @@ class InferenceEngine:
             raise RuntimeError(f"all workers died: {names}")
 
     def stats(self) -> EngineStats:
-        """Counts of requests so far."""
+        """Counts of requests so far, what waits now, and recent latencies."""
         with self._changed:
-            return EngineStats(
+            recent = list(self._recent_s)
+            counts = (
                 self._accepted, self._rejected, self._failed, self._completed, dict(self._per_route),
-                self._degraded,
+                self._degraded, len(self._queue),
             )  # fmt: skip
+        shares = dict(zip(("p50", "p99", "p99.9"), (0.5, 0.99, 0.999), strict=True))
+        latency = {name: float(np.quantile(recent, q)) for name, q in shares.items()} if recent else {}
+        return EngineStats(*counts, latency)
 
     def reload(
         self,
@@ -438,6 +458,7 @@ class InferenceEngine:
         with self._changed:
             self._completed += 1
             self._degraded += response.degraded
+            self._recent_s.append(response.queue_s + response.service_s)
             self._per_route[response.route] += 1
 
     def _fail(self, request: _Request, error: BaseException) -> None:

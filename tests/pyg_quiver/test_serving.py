@@ -167,6 +167,9 @@ def test_qv11_qv12_answers_do_not_depend_on_batch_mates(model, features, sampler
         stats = engine.stats()
         assert (stats.accepted, stats.completed, stats.failed, stats.rejected) == (60, 60, 0, 0)
         assert stats.per_route == {"cpu": 60}
+        assert stats.waiting == 0
+        longest = max(response.queue_s + response.service_s for response in responses)
+        assert 0 < stats.latency_s["p50"] <= stats.latency_s["p99"] <= stats.latency_s["p99.9"] <= longest
         assert len(threads()) == 2
     assert threads() == []
 
@@ -216,7 +219,7 @@ def test_qv11_overload_is_refused_with_a_time_to_retry(model, features, sampler)
             time.sleep(0.01)
         assert refused is not None
         assert refused.retry_after_s > 0
-        assert engine.stats().rejected == 1
+        assert (engine.stats().rejected, engine.stats().waiting) == (1, 4)
         gate.open.set()
         assert all(future.result(30) for future in accepted)
 

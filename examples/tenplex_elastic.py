@@ -27,8 +27,8 @@ from pathlib import Path
 
 from megatron_tenplex import ParallelConfig
 
-STEPS, SNAPSHOT_EVERY = 40, 1
-KILL_AT, JOIN_AT = 12, 24
+STEPS, SNAPSHOT_EVERY = 90, 1
+KILL_AT, JOIN_AT = 12, 30
 
 
 def layout_for(workers: int) -> ParallelConfig:
@@ -52,7 +52,9 @@ def train(options: argparse.Namespace) -> None:
     elastic = Reconfigurator(job, world=world, store=store, topology=Topology(ranks_per_host=1))
     state = elastic.start(layout_for(world.num_workers))
     while state.iteration < options.steps:
+        started = time.monotonic()
         loss, _ = job.step(state, elastic.parallel)
+        time.sleep(max(0.0, options.pace - (time.monotonic() - started)))
         if state.iteration % SNAPSHOT_EVERY == 0:
             elastic.snapshot()
         if elastic.role == 0:
@@ -197,6 +199,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="in shared memory: losses and replicas")
     parser.add_argument("--host", help="name of this host; its replicas are lost with it")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--pace", type=float, default=0.5, help="least seconds a step, to have time to interrupt"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds for each stage of the demo")
     options = parser.parse_args()
     if options.demo:

@@ -26,7 +26,8 @@ class World:
         worker: number of this worker.
         num_workers: number of all workers.
         backend: of the default group; ``"nccl"`` where there is CUDA, else ``"gloo"``.
-        timeout: seconds after which waiting for another worker is an error.
+        timeout: seconds after which waiting for another worker during a change is an error.
+        training_timeout: the same while training, for the collectives of the default group and Megatron's.
     """
 
     def __init__(
@@ -37,16 +38,19 @@ class World:
         *,
         backend: str | None = None,
         timeout: float = 25.0,
+        training_timeout: float = 1800.0,
     ) -> None:
         if not 0 <= worker < num_workers:
             raise ValueError(f"worker must be in 0..{num_workers - 1}, got {worker}")
         self.store, self.worker, self.num_workers = store, worker, num_workers
         self.backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         self.timeout = timedelta(seconds=timeout)
+        self.training_timeout = timedelta(seconds=training_timeout)
         self.members: tuple[int, ...] = ()
         self.generation = 0
+        # Twice: who waits for the others' verdict must outlast a worker that waits for one which failed.
         self.control: Any = dist.ProcessGroupGloo(
-            dist.PrefixStore("tenplex/control", store), worker, num_workers, self.timeout
+            dist.PrefixStore("tenplex/control", store), worker, num_workers, 2 * self.timeout
         )
         self.data = self._nccl_group() if self.backend == "nccl" else self.control
 
@@ -101,6 +105,11 @@ class World:
             )
         return role
 
+    def begin_training(self) -> None:
+        """Let collectives of all groups under the default one take ``training_timeout``."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(self.training_timeout, group)
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The one-dimensional CPU tensors of all workers, which may differ in length but not in dtype."""
         length = torch.tensor([tensor.numel()])
@@ -120,14 +129,15 @@ class World:
         return [json.loads(bytes(text.numpy()).decode()) for text in self.all_gather(encoded)]
 
     def agree(self, error: BaseException | None, doing: str) -> None:
-        """Raise on every worker if any of them failed at ``doing``. Collective."""
+        """Raise on every worker if any of them failed at ``doing``; its own error first. Collective."""
         said = self.all_gather_json(None if error is None else f"{type(error).__name__}: {error}")
+        failed = [f"worker {w} failed at {doing}: {text}" for w, text in enumerate(said) if text is not None]
         if error is not None:
+            if len(failed) > 1:
+                error.add_note("; ".join(failed))
             raise error
-        failed = {worker: text for worker, text in enumerate(said) if text is not None}
         if failed:
-            worker, text = next(iter(failed.items()))
-            raise RuntimeError(f"worker {worker} failed at {doing}: {text}")
+            raise RuntimeError(failed[0])
 
 
 def gather_layout(

@@ -129,6 +129,7 @@ class Reconfigurator:
             from megatron_tenplex.recovery import resume_from_replicas
 
             resume_from_replicas(self)
+        self.world.begin_training()
         return self.state
 
     def _form(self, parallel: ParallelConfig, members: tuple[int, ...], iteration: int) -> LocalState | None:
@@ -191,7 +192,9 @@ class Reconfigurator:
             self._change(parallel, source, held, small, seconds)
         except Exception as error:
             self._roll_back(old_parallel, old_members, held, small, error)
+            self.world.begin_training()
             raise
+        self.world.begin_training()
         return self.state
 
     def _check_memory(

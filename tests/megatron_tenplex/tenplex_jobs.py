@@ -141,7 +141,7 @@ def random_streams(store, worker, workers, job, layouts):
 def failing(store, worker, workers, job, layout, other, how):
     """A change that fails without a dead worker; then two more steps in the old layout."""
     quiet()
-    world = World(store, worker, workers)
+    world = World(store, worker, workers, timeout=6)
     builds = []
 
     def build(parallel):
@@ -163,7 +163,7 @@ def failing(store, worker, workers, job, layout, other, how):
         elastic.reconfigure(ParallelConfig.parse(other))
         said = "no error"
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
     after = elastic.describe().shards
     kept = all(torch.equal(before[s], after[s]) for s in before)
     curve += [job.step(elastic.state, elastic.parallel) for _ in range(2)]

@@ -46,6 +46,7 @@ def train(options: argparse.Namespace) -> None:
     install_cpu_compat()  # nothing on a machine with GPUs
     from megatron_tenplex.testing.gpt import GPTJob
 
+    (options.folder / f"{options.host}.pid").write_text(str(os.getpid()))
     job = GPTJob(GPTShape(4, 64, 4, 128), global_batch_size=12)
     world = World.from_default(timeout=60)
     store = TensorStore(options.folder / "replicas", host=options.host)
@@ -114,6 +115,7 @@ class Hosts:
     def kill(self, name: str) -> None:
         """The host is gone: agent, worker and what was in its memory."""
         os.killpg(self.agents.pop(name).pid, signal.SIGKILL)
+        os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGKILL)  # it has a session of its own
         shutil.rmtree(self.folder / "replicas" / name, ignore_errors=True)
 
     def losses(self) -> list[dict]:

@@ -21,6 +21,7 @@ _MODULE_OF = {
     "ReplicaCorruptError": "errors",
     "ReshardPlan": "planner",
     "ReshardReport": "executor",
+    "Schedule": "arguments",
     "Shard": "ptc",
     "TensorSpec": "ptc",
     "TensorStore": "tensor_store",
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "Transport": "transport",
     "UncoveredRangeError": "errors",
     "World": "membership",
+    "add_tenplex_args": "arguments",
     "assign_roles": "placement",
     "execute": "executor",
     "execute_local": "executor",
@@ -37,6 +39,8 @@ _MODULE_OF = {
     "lower_bound": "planner",
     "plan_reshard": "planner",
     "restore": "tensor_store",
+    "smallest_move": "policy",
+    "zero_layout": "deepspeed_adapter",
 }
 
 __all__ = list(_MODULE_OF)

@@ -18,6 +18,7 @@ from megatron_tenplex import (
     gpt_layout,
     lower_bound,
 )
+from megatron_tenplex.arguments import Schedule
 from megatron_tenplex.testing import install_cpu_compat
 
 install_cpu_compat()
@@ -264,3 +265,17 @@ def analytic_layouts(store, worker, workers, cases):
 def pieces(shards):
     """Boxes by key: two ways to write one range are the same."""
     return {(s.key, box) for s in shards for box in s.boxes()}
+
+
+def scheduled(store, worker, workers, job, layout, changes, iterations):
+    """The loop of a script with a schedule; workers without a role take part in its boundaries."""
+    quiet()
+    world = World(store, worker, workers)
+    elastic = Reconfigurator(job, world=world)
+    state = elastic.start(ParallelConfig.parse(layout))
+    schedule = Schedule({at: ParallelConfig.parse(text) for at, text in changes.items()})
+    curve = []
+    for _ in range(iterations):
+        curve.append(job.step(state, elastic.parallel) if state is not None else None)
+        state = schedule.at_boundary(elastic)
+    return curve

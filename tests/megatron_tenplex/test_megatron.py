@@ -163,3 +163,13 @@ def test_tx16_the_analytic_layout_is_that_of_the_real_model():
     ]
     for wrong in run_world(4, jobs.analytic_layouts, cases, timeout=120):
         assert wrong == []
+
+
+def test_tx12_a_schedule_of_changes_with_workers_that_pause():
+    job = GPTJob(GPTShape(4, 32, 4, 128), global_batch_size=12)
+    steady = run_world(3, jobs.scheduled, job, "tp=2,dp=1", {}, 7, timeout=90)
+    changing = run_world(3, jobs.scheduled, job, "tp=2,dp=1", {2: "dp=3", 4: "pp=2,dp=1"}, 7, timeout=90)
+    for i in range(7):
+        one, other = (next(r[i] for r in results if r[i] is not None) for results in (steady, changing))
+        assert abs(one[0] - other[0]) <= 2e-6
+    assert [sum(r[i] is not None for r in changing) for i in range(7)] == [2, 2, 3, 3, 2, 2, 2]

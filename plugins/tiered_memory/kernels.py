@@ -38,9 +38,9 @@ class LaunchShape:
 DEVICE_SHAPES = ((0, LaunchShape()),)
 HOST_SHAPE = LaunchShape()
 ORDERED_HOST_SHAPE = LaunchShape(programs=264)
-# Sorting pays from these sizes on: bytes asked for, and bytes of the host tables they are spread over.
-ORDERED_REQUEST_BYTES = 4 << 20
-ORDERED_TABLE_BYTES = 512 << 20
+# Sorting (about 0.1 ms) pays from these sizes on: bytes asked for, and bytes of the host tables they lie in.
+ORDERED_REQUEST_BYTES = 32 << 20
+ORDERED_TABLE_BYTES = 256 << 20
 
 _SOURCE_SHIFT = tl.constexpr(48)
 _ROW_MASK = tl.constexpr((1 << 48) - 1)
@@ -94,37 +94,60 @@ def _load_units(address, keep, out_ptr, LANES: tl.constexpr, ITEM: tl.constexpr)
     return tl.load(pointer, mask=keep[:, None], other=0)
 
 
+@triton.jit
+def _copy_block(
+    block, out_ptr, code_ptr, index_ptr, order_ptr, total_units,
+    b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7,
+    N_SOURCES: tl.constexpr, ROW_UNITS: tl.constexpr, LANES: tl.constexpr, ITEM: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_ORDER: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[r, c] = unit c of the row code[index[r]], for the BLOCK units u = position(r) * ROW_UNITS + c."""
+    start = tl.cast(block, tl.int64) * BLOCK
+    first_row = start // ROW_UNITS
+    local = (start - first_row * ROW_UNITS).to(tl.int32) + tl.arange(0, BLOCK)
+    row = first_row + local // ROW_UNITS
+    column = (local % ROW_UNITS).to(tl.int64)
+    unit = start + tl.arange(0, BLOCK)
+    live = unit < total_units
+    if HAS_ORDER:
+        row = tl.load(order_ptr + row, mask=live, other=0)
+        unit = row * ROW_UNITS + column
+    if HAS_INDEX:
+        row = tl.load(index_ptr + row, mask=live, other=0)
+    code = tl.load(code_ptr + row, mask=live, other=0)
+    keep = live
+    if SKIPPED != 0:
+        keep = live & _not_skipped(code, SKIPPED)
+    address = _row_address(
+        code, b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7, N_SOURCES
+    )  # fmt: skip
+    values = _load_units(address + column * (LANES * ITEM), keep, out_ptr, LANES, ITEM)
+    target = unit[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    tl.store(out_ptr + target, values, mask=keep[:, None])
+
+
 @triton.jit(do_not_specialize=["total_units", "blocks"])
 def _gather_rows_kernel(
     out_ptr, code_ptr, index_ptr, order_ptr, total_units, blocks,
     b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7,
     N_SOURCES: tl.constexpr, ROW_UNITS: tl.constexpr, LANES: tl.constexpr, ITEM: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_ORDER: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_ORDER: tl.constexpr, SKIPPED: tl.constexpr, MANY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[r, c] = unit c of the row code[index[r]], for u = position(r) * ROW_UNITS + c of each block."""
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        start = tl.cast(block, tl.int64) * BLOCK
-        first_row = start // ROW_UNITS
-        local = (start - first_row * ROW_UNITS).to(tl.int32) + tl.arange(0, BLOCK)
-        row = first_row + local // ROW_UNITS
-        column = (local % ROW_UNITS).to(tl.int64)
-        unit = start + tl.arange(0, BLOCK)
-        live = unit < total_units
-        if HAS_ORDER:
-            row = tl.load(order_ptr + row, mask=live, other=0)
-            unit = row * ROW_UNITS + column
-        if HAS_INDEX:
-            row = tl.load(index_ptr + row, mask=live, other=0)
-        code = tl.load(code_ptr + row, mask=live, other=0)
-        keep = live
-        if SKIPPED != 0:
-            keep = live & _not_skipped(code, SKIPPED)
-        address = _row_address(
-            code, b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7, N_SOURCES
+    """One block a program, or with MANY as many as there are programs too few."""
+    if MANY:
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            _copy_block(
+                block, out_ptr, code_ptr, index_ptr, order_ptr, total_units,
+                b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7,
+                N_SOURCES, ROW_UNITS, LANES, ITEM, HAS_INDEX, HAS_ORDER, SKIPPED, BLOCK,
+            )  # fmt: skip
+    else:
+        _copy_block(
+            tl.program_id(0), out_ptr, code_ptr, index_ptr, order_ptr, total_units,
+            b0, b1, b2, b3, b4, b5, b6, b7, t0, t1, t2, t3, t4, t5, t6, t7,
+            N_SOURCES, ROW_UNITS, LANES, ITEM, HAS_INDEX, HAS_ORDER, SKIPPED, BLOCK,
         )  # fmt: skip
-        values = _load_units(address + column * (LANES * ITEM), keep, out_ptr, LANES, ITEM)
-        target = unit[:, None] * LANES + tl.arange(0, LANES)[None, :]
-        tl.store(out_ptr + target, values, mask=keep[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "total_units"])
@@ -189,11 +212,13 @@ def gather_rows(
     total = out.shape[0] * row_units
     shape = shape or shape_for(sources, row_units * unit_bytes, ordered=order is not None)
     blocks = triton.cdiv(total, shape.block_units)
+    programs = min(blocks, shape.programs or blocks)
     _launch(
-        _gather_rows_kernel, min(blocks, shape.programs or blocks), shape, out,
+        _gather_rows_kernel, programs, shape, out,
         (out, code, index, order, total, blocks, *_addresses(sources, out.element_size())),
         N_SOURCES=len(sources), ROW_UNITS=row_units, LANES=lanes, ITEM=out.element_size(),
         HAS_INDEX=index is not None, HAS_ORDER=order is not None, SKIPPED=sum(1 << s for s in skipped),
+        MANY=programs < blocks,
     )  # fmt: skip
 
 

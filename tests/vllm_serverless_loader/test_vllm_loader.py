@@ -48,7 +48,10 @@ def case(request, tmp_path_factory, tied_model):
         patch.setattr(base_loader, "process_weights_after_loading", remember)
         ids = greedy_ids(folder)
     converted = tmp_path_factory.mktemp("converted") / request.param
-    assert greedy_ids(folder, {"convert_to": str(converted)}) == ids
+    if request.param == "trained":
+        assert greedy_ids(folder, {"convert_to": str(converted)}) == ids
+    else:  # as the command line does it
+        convert(folder, converted, engine_arguments={"distributed_executor_backend": "uni"})
     return folder, ids, state, converted
 
 
@@ -127,6 +130,24 @@ def test_sl10_damaged_conversion_never_serves(tied_model, tmp_path):
     path.write_bytes(content)
     with pytest.raises(CorruptCheckpointError, match="checksum of chunk"):
         greedy_ids(folder, {})
+
+
+def test_sl03_models_quantised_while_loading_are_refused(tied_model, tmp_path):
+    from torch import nn
+    from vllm.config.load import LoadConfig
+
+    from vllm_serverless_loader.vllm_loader import ServerlessLoader
+
+    class Quantising:
+        uses_meta_device = True
+
+    model = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    model["layer"].quant_method = Quantising()
+    extra = {"convert_to": str(tmp_path / "out")}
+    loader = ServerlessLoader(LoadConfig(load_format="serverless_llm", model_loader_extra_config=extra))
+    with pytest.raises(ValueError, match="layer is quantised while loading"):
+        loader._convert(model, None, tied_model)
+    assert not (tmp_path / "out").exists()
 
 
 def test_sl01_registering_twice_changes_nothing():

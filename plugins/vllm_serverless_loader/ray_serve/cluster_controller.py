@@ -105,6 +105,8 @@ class ClusterController:
         """
         if model not in self._models:
             raise ValueError(f"unknown model {model!r}; known are {', '.join(self._models)}")
+        if not self._servers:
+            await self.start()  # after a crash Ray makes the controller anew
         async with self._changed:
             while True:
                 shared = self._with_room(model)

@@ -8,7 +8,7 @@ choices come from a trace that all arms replay on the device, topic-local (reque
 or uniform (no structure at all), so that the tokens generated must be the same in all arms. One engine after
 the other in one process; `plain_again` is the control. The most important arms come first, each writes the
 result file, and an arm starts only while the budget has room for it. With `ours_25_eam` one decode step is
-profiled kernel by kernel (timeline .json and .png).
+profiled kernel by kernel (timeline.png).
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def timeline(llm, strategy: Replayed, batch: int, folder: Path) -> dict[str, Any
         total[kind] = total.get(kind, 0.0) + length
     span = step[-1][0] + step[-1][1] - step[0][0]
     result = {"batch": batch, "span_us": span, "busy_us": total, "idle_us": span - sum(total.values())}
-    (folder / f"{NAME}_timeline.json").write_text(json.dumps({**result, "events_us": rows}) + "\n")
+    result["events_us"] = rows
     draw(rows, folder / f"{NAME}_timeline.png")
     return result
 
@@ -434,7 +434,10 @@ def headline(result: dict[str, Any]) -> list[Headline]:
                 if name in found:
                     note += f", {text} {found[name]:.3f}"
             kind, _, batch = key.rpartition("_")
-            what = f"{kind.replace('_', '-')} routing, batch {batch}: {arm}"
+            label = arm
+            if kind.endswith("_lru"):
+                kind, label = kind.removesuffix("_lru"), f"{arm}, then lru"
+            what = f"{kind.replace('_', '-')} routing, batch {batch}: {label}"
             if key == "prefill":
                 what = f"prefill of {PROMPT} tokens, uniform routing: {arm}"
             rows.append(

@@ -307,7 +307,7 @@ def pinned_copy(nbytes: int) -> list[float]:
 
 
 def warm(report: Report, plain: Path, stored: Path, nbytes: int, repeats: int) -> None:
-    device = "cuda" if CUDA else "cpu"
+    device = "cuda:0" if CUDA else "cpu"
     if CUDA:
         limit = pinned_copy(1 << 30)
         report.samples["pinned copy (B/s)"] = limit
@@ -364,7 +364,7 @@ def store_process(memory: int, folder: Path) -> Iterator[str]:
 
 
 def store(report: Report, plain: Path, nbytes: int, repeats: int, socket: str) -> None:
-    device = "cuda" if CUDA else "cpu"
+    device = "cuda:0" if CUDA else "cpu"
     start = time.perf_counter()
     with StoreClient(socket) as client, client.open(plain):
         report.add("first request: file to pool", [nbytes / (time.perf_counter() - start)], "B/s")
@@ -436,7 +436,7 @@ def register(report: Report, socket: str, plain: Path, into: Mapping[str, torch.
 
 
 def cold(report: Report, plain: Path, stored: Path, nbytes: int, repeats: int) -> None:
-    device = "cuda" if CUDA else "cpu"
+    device = "cuda:0" if CUDA else "cpu"
     threads = min(16, CORES)
 
     def drop() -> None:

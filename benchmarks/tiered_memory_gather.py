@@ -322,6 +322,10 @@ def headline(measure: Measure) -> list[Headline]:
         aim = ">= 0.7" if width >= 512 else ""
         ratio(f"gather in HBM / device copy, {width} B rows", f"HBM {width} B", "device copy", aim)
         ratio(f"gather in HBM / index_select, {width} B rows", f"HBM {width} B", "index_select", "")
+    for kind, size in (("arena", 256), ("arena", 2048), ("transparent huge pages", 2048)):
+        label = f"pages, {kind}, table of {size} MiB"
+        what = f"pinned rows of 512 B in address order / at random, {kind}, table of {size} MiB"
+        ratio(what, label, "random", "", arm="ascending")
     for width in (128, 512, 1024, 4096):
         label = f"best HBM {width} B"
         ratio(

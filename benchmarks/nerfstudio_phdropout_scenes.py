@@ -111,7 +111,6 @@ def judge(job: Any) -> None:
     _write_json(job.work / f"{job.name}.json", {"training_seconds": seconds})
     if job.member:
         return
-    torch.save(pipeline.model.state_dict(), job.work / f"{job.name}.pt")
     targets, masks = measured.targets, measured.masks
     target, mask = targets.cpu().numpy(), masks.cpu().numpy()
     _save(job.work / f"{job.name}_truth.npz", lambda path: np.savez(path, target=target, mask=mask))

@@ -29,10 +29,10 @@ def gsplat_found() -> bool:
 
 
 def rasterization(*args: Any, **options: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """`gsplat.rasterization`."""
+    """`gsplat.rasterization`, unpacked by default: packed, gsplat 1.5.3 refuses backgrounds ``[C, D]``."""
     import gsplat
 
-    return gsplat.rasterization(*args, **options)
+    return gsplat.rasterization(*args, **{"packed": False, **options})
 
 
 @torch.no_grad()

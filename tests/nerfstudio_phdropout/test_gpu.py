@@ -6,7 +6,7 @@ import pytest
 import torch
 from splat_scenes import random_gaussians
 
-from nerfstudio_phdropout import drop_uniforms, rasterization_moments, rasterize_moments
+from nerfstudio_phdropout import drop_uniforms, rasterization, rasterization_moments, rasterize_moments
 from nerfstudio_phdropout.kernels import assemble_tiles
 from nerfstudio_phdropout.surfels import rasterization_2dgs_moments
 from nerfstudio_phdropout.tiles import iterate_tiles, tile_alphas
@@ -76,6 +76,18 @@ def test_ph02_ph03_zero_ratio_equals_gsplat(mode):
     torch.testing.assert_close(moments.mean, image, rtol=0, atol=1e-4)
     torch.testing.assert_close(moments.accumulation, alphas[..., 0], rtol=0, atol=1e-4)
     assert float(moments.variance.max()) == 0.0
+
+
+@torch.no_grad()
+def test_ph03_backgrounds_by_gsplat_are_what_shows_through():
+    pytest.importorskip("gsplat")
+    scene = gaussians(500)
+    background = torch.tensor([[0.1, 0.5, 0.9]], device="cuda")
+    plain, alphas, _ = rasterization(**scene)
+    image, _, _ = rasterization(**scene, backgrounds=background)
+    torch.testing.assert_close(image, plain + (1 - alphas) * background, rtol=0, atol=1e-5)
+    moments, _ = rasterization_moments(**scene, backgrounds=background, dropout_ratio=0.0)
+    torch.testing.assert_close(moments.mean, image, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from splat_scenes import dense_alphas, dense_render, enumerate_masks, random_gau
 from nerfstudio_phdropout import (
     composite_moments,
     drop_uniforms,
+    gsplat_backend,
     rasterization,
     rasterization_moments,
     rasterize_moments,
@@ -286,3 +287,13 @@ def test_rasterize_moments_takes_gsplats_arguments():
         info["isect_offsets"], info["flatten_ids"], 0.1,
     )  # fmt: skip
     assert torch.equal(moments.variance, again.variance)
+
+
+def test_gsplat_is_called_unpacked_unless_asked(monkeypatch):
+    """Packed, gsplat 1.5.3 asserts on backgrounds of a camera batch; its kernels cannot run here."""
+    gsplat = pytest.importorskip("gsplat")
+    seen = []
+    monkeypatch.setattr(gsplat, "rasterization", lambda **options: seen.append(options["packed"]))
+    gsplat_backend.rasterization(means=None)
+    gsplat_backend.rasterization(means=None, packed=True)
+    assert seen == [False, True]

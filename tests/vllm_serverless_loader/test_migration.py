@@ -381,8 +381,7 @@ def test_sl14_pause_is_the_hand_over_alone():
     async def run():
         with_rounds = await pause(8, 4)
         assert len(with_rounds.rounds) > 1
-        # Prefill of the last gap (up to a block more) and a decode step, with room for a busy machine.
-        assert with_rounds.pause_s < 0.0005 * 40 + 2 * 0.004 + 0.05
-        assert with_rounds.rounds[0].seconds > 0.2
+        # Stop and replay would wait for the first round's prefill, here 400 tokens, and a step.
+        assert with_rounds.pause_s < with_rounds.rounds[0].seconds / 3
 
     asyncio.run(run())

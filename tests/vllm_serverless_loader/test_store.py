@@ -157,11 +157,11 @@ def test_sl09_slow_disk_is_no_dead_server_and_a_silent_one_is(server, model, tmp
     real = os.preadv
 
     def slow(*arguments):
-        time.sleep(0.15)
+        time.sleep(0.3)
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", slow)
-    with StoreClient(server.socket_path, timeout_s=0.8) as client, client.open(model) as cached:
+    with StoreClient(server.socket_path, timeout_s=2.0) as client, client.open(model) as cached:
         assert_same(cached.load().tensors, hostile())
     path = tmp_path / "silent.sock"
     with socket.socket(socket.AF_UNIX) as listener:

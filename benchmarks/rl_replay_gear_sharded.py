@@ -331,6 +331,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rank is None:
         return start(options)
+    del sys.argv[-4:]  # the result's command is what started this process's parent
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= options.processes
     if on_gpus:

@@ -191,7 +191,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     returns.set(
         title="Mean return", xlabel="0: offline; then after each round online", ylim=(0, MAX_STEPS * 1.05)
     )
-    returns.legend(loc="lower right")
+    returns.legend(loc="upper left")
     shares = [100 * result["waiting_share"], 100 * result["oracle_waiting_share"]]
     bars = waiting.bar(["TrajectoryLoader", "naive loop"], shares, color=["tab:blue", "tab:gray"])
     waiting.bar_label(bars, fmt="%.1f %%")

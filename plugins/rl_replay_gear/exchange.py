@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -278,7 +279,8 @@ def choose_exchange(wish: str, facts: Sequence[Mapping[str, Any]]) -> str:
     if wish == "mapped" and obstacles:
         raise ValueError(f"exchange='mapped' is not possible: {'; '.join(obstacles)}")
     if wish == "auto":
-        return "all_to_all" if obstacles or len(facts) == 1 else "mapped"
+        unwise = len(facts) == 1 or facts[0]["on_device"]
+        return "all_to_all" if obstacles or unwise else "mapped"
     return wish
 
 
@@ -295,8 +297,9 @@ def shard_facts(table: TrajectoryTable, wish: str) -> dict[str, Any]:
     if table.shared and on_device and wish != "all_to_all":
         from torch.multiprocessing.reductions import reduce_tensor
 
+        torch.cuda.synchronize(table.storage[0].device)
         facts["handles"] = [reduce_tensor(words) for words in table.storage]
-        facts["gpu"] = str(torch.cuda.get_device_properties(table.storage[0].device).uuid)
+        facts["gpu"] = table.storage[0].device.index
     return facts
 
 
@@ -317,18 +320,23 @@ def map_shards(
 
 
 def _open_device_shard(table: TrajectoryTable, fact: Mapping[str, Any]) -> list[Tensor]:
-    from tiered_memory import peer_access
-
-    shard = [rebuild(*arguments) for rebuild, arguments in fact["handles"]]
-    here, there = table.storage[0].device, shard[0].device
-    found = str(torch.cuda.get_device_properties(there).uuid)
-    if found != fact["gpu"]:
+    here = table.storage[0].device
+    if fact["gpu"] >= torch.cuda.device_count() or not torch.cuda.can_device_access_peer(
+        here.index, fact["gpu"]
+    ):
         raise RuntimeError(
-            f"a peer's shard is on GPU {fact['gpu']}, which this process does not see as {there} (that is "
-            f"{found}): let every process see all GPUs of the host"
+            f"{here} cannot read the memory of GPU {fact['gpu']}: every process must see all GPUs of the "
+            "host, in one order, and they must be peers; use exchange='all_to_all'"
         )
-    if not peer_access(here.index, there.index):
-        raise RuntimeError(f"{here} cannot read the memory of {there}; use exchange='all_to_all'")
+    shard = []
+    for rebuild, arguments in fact["handles"]:
+        bound = inspect.signature(rebuild).bind(*arguments)
+        missing = {"storage_device", "event_sync_required"} - bound.arguments.keys()
+        if missing:
+            raise RuntimeError(f"this torch shares CUDA tensors without {missing}; use exchange='all_to_all'")
+        # Kernels can read only what is opened in their own context. The owner has synchronised.
+        bound.arguments |= {"storage_device": here.index, "event_sync_required": False}
+        shard.append(rebuild(*bound.args, **bound.kwargs))
     return shard
 
 

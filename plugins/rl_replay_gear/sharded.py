@@ -47,9 +47,9 @@ class ShardedTable:
         table: This process's shard.
         layout: Where this process stands; None: every process of the default group is a data-parallel rank.
         scope: ``"global"`` draws from all shards, ``"local"`` each process from its own.
-        exchange: How rows travel: ``"all_to_all"``; ``"mapped"`` reads the shards of this host in place,
-            host memory or that of a peer GPU (their tables need ``shared=True``); ``"auto"`` is mapped where
-            every process is on this host and shares.
+        exchange: How rows travel: ``"all_to_all"``; ``"mapped"`` reads the shards of this host in place
+            (their tables need ``shared=True``), in host memory or, where asked for, in that of a peer GPU;
+            ``"auto"`` is mapped where every process is on this host and shares host memory.
 
     Raises:
         ValueError: the shards' schemas differ (names ranks and columns), or they cannot be mapped.

@@ -2,10 +2,10 @@
 
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 benchmarks/megatron_tenplex_gpu.py --budget 90 --out DIR
 
-Stages, each rewriting the result file so that a cut-off keeps what is done: link peak (NCCL send+receive of
-one contiguous tensor each way), losses of a small model over 20 steps after each change against the
-uninterrupted run, the six directions at full size (live), torch_dist to /dev/shm and megatron.core.resharding
-where time is left. Needs megatron-core (Python 3.12 wheel); no TransformerEngine, no Apex.
+Stages (``--only`` picks), all of which rewrite the result file so that a cut-off keeps what is done: link
+peak (NCCL send and receive of one contiguous tensor), the six directions at full size, losses of a small
+model over 20 steps after each direction against the uninterrupted run, torch_dist through /dev/shm. Needs
+megatron-core (a Python 3.12 wheel exists); no TransformerEngine, no Apex.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ class Run:
         self.more["stages"][name] = {"outcome": said[:300], "seconds": time.perf_counter() - started}
         if WORLD.worker == 0:
             print(f"{name}: {said[:200]} ({time.perf_counter() - started:.1f} s)", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known so far."""
+        if WORLD.worker == 0:
             write_result(
                 NAME,
                 question="How fast does a GPT of over 1 B parameters change its layout on two GPUs?",
@@ -189,6 +194,9 @@ def directions(run: Run, job: GPTJob, rounds: int) -> None:
                     "loss": loss,
                 }
             )
+            if WORLD.worker == 0:
+                print(rows[-1]["direction"], f"{rows[-1]['pause_s']:.2f} s", rows[-1]["seconds"], flush=True)
+            run.save()
     summarise(run)
 
 
@@ -273,6 +281,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--model", default="gpt3-xl", choices=list(PRESETS))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="names of stages, e.g. link directions", default=[])
     parser.add_argument("--steps", type=int, default=20, help="after each change, for the loss curves")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -293,14 +302,17 @@ def main() -> None:
         num_samples=4096,
         precision="bf16",
     )
-    run.stage("link peak", link_peak, transport, 2 << 30 if gpu else 8 << 20)
-    run.stage("losses fp32", losses, "fp32", options.steps)
-    run.stage("directions", directions, job, options.rounds)
-    gc.collect()
-    if run.left() > 30:
-        run.stage("torch_dist /dev/shm", checkpoint, job, Path("/dev/shm/tenplex_benchmark"))
-    if run.left() > 20:
-        run.stage("losses bf16", losses, "bf16", options.steps)
+    stages = (
+        ("link", 0, link_peak, (transport, 2 << 30 if gpu else 8 << 20)),
+        ("directions", 0, directions, (job, options.rounds)),
+        ("losses", 0, losses, ("fp32", options.steps)),
+        ("checkpoint", 30, checkpoint, (job, Path("/dev/shm/tenplex_benchmark"))),
+        ("losses_bf16", 30, losses, ("bf16", options.steps)),
+    )
+    for name, seconds, function, arguments in stages:
+        if (not options.only or name in options.only) and run.left() > seconds:
+            run.stage(name, function, *arguments)
+            gc.collect()
     if rank == 0:
         print(json.dumps([[h.what, h.value, h.unit] for h in run.headline]))
     sys.stdout.flush()

@@ -108,7 +108,7 @@ def main() -> None:
                 min(planning),
                 max(planning),
                 "<= 5",
-                "one CPU core of a shared machine",
+                "CPU seconds of one process",
             ),
             Headline(
                 "relay: bytes between hosts over those without it",

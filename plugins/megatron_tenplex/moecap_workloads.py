@@ -47,7 +47,9 @@ class ReconfigureWorkload(Workload):
         if options["method"] not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {options['method']!r}")
         for name in ("from", "to"):
-            ParallelConfig.parse(options[name]).resolve(params["workers"])
+            layout = ParallelConfig.parse(options[name]).resolve(params["workers"])
+            if layout.world_size != params["workers"]:
+                raise ValueError(f"{name}: {layout} does not use all {params['workers']} workers")
         return _ReconfigureSystem(options, params)
 
 
@@ -119,6 +121,7 @@ def _train(
     before, after = (ParallelConfig.parse(options[name]) for name in ("from", "to"))
     elastic = Reconfigurator(job, world=world)
     state = elastic.start(before, resume=False)
+    assert state is not None  # every worker has a role: ``open`` checks it
     losses = [job.step(state, elastic.parallel)[0] for _ in range(steps)]
     ratio = None
     source = elastic.gather(elastic.describe())
@@ -129,10 +132,12 @@ def _train(
         save_checkpoint(state, folder)
         small = elastic.gather_small()
         state = elastic.start(after, resume=False)
+        assert state is not None
         elastic.describe()  # makes Adam's state, without which describing for a load asserts
         load_checkpoint(state, folder)
         elastic.apply_small(small)
     world.agree(None, "changing the layout")
+    assert state is not None
     seconds = time.perf_counter() - started
     if options["method"] == "live":
         moved = sum(world.all_gather_json(elastic.report.received_bytes if elastic.report else 0))

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -308,13 +308,14 @@ class Reconfigurator:
                 "progress": progress.to_json() if progress is not None else None,
                 "extra": self.state.extra,
                 "parallel": str(self.parallel),
+                "order": self.parallel.order if self.parallel is not None else "",
             }
         by_worker = self.world.all_gather_json(mine)
         by_role = [by_worker[worker] for worker in self.world.members]
         return {
             "common": self._megatron.merge_common([state["common"] for state in by_role]),
             "rng": [state["rng"] for state in by_role],
-            **{name: by_role[0][name] for name in ("iteration", "progress", "extra", "parallel")},
+            **{name: by_role[0][name] for name in ("iteration", "progress", "extra", "parallel", "order")},
         }
 
     def _commit(self, small: dict[str, Any], seconds: dict[str, float]) -> None:
@@ -343,7 +344,7 @@ class Reconfigurator:
         self, parallel: ParallelConfig, members: tuple[int, ...], small: dict[str, Any]
     ) -> dict[str, Any] | None:
         """Random streams of the same role in the old layout; None where roles changed their meaning."""
-        old = ParallelConfig.parse(small["parallel"])
+        old = replace(ParallelConfig.parse(small["parallel"]), order=small["order"])
         if not self._megatron.rng_is_kept(old, parallel):
             return None
         at = parallel.coordinates(members.index(self.world.worker))

@@ -25,6 +25,7 @@ _MODULE_OF = {
     "convert": "conversion",
     "load_checkpoint": "checkpoint.reader",
     "open_checkpoint": "checkpoint.reader",
+    "open_remote": "loading.remote",
     "write_partition": "checkpoint.writer",
     "Engine": "migration.request",
     "MigrationError": "migration.request",

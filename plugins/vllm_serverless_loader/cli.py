@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store.add_argument("--socket", required=True)
     store.add_argument("--chunk", default="16MiB")
     store.add_argument("--io-threads", type=int, default=4)
+    store.add_argument("--remote-cache", help="folder for local copies of models given by URL")
 
     probe = commands.add_parser("probe", help="measure the links between this machine's memory tiers")
     probe.add_argument("--disk", default=".", help="a folder on the disk that holds models")
@@ -152,7 +153,12 @@ def _store(options: argparse.Namespace) -> int:
     memory, chunk = parse_size(options.memory), parse_size(options.chunk)
     with (
         HostCache(memory, chunk_bytes=chunk, shared=True) as cache,
-        StoreServer(cache, options.socket, options=LoadOptions(io_threads=options.io_threads)),
+        StoreServer(
+            cache,
+            options.socket,
+            options=LoadOptions(io_threads=options.io_threads),
+            remote_cache=options.remote_cache,
+        ),
     ):
         print(f"store: {cache.capacity_bytes} bytes at {Path(options.socket).resolve()}", flush=True)
         stopped.wait()

@@ -428,14 +428,12 @@ def load_views(model: CachedModel, source: MemorySource) -> LoadResult:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> tuple:
+    """What tells one content from another: checksums, or where there are none what the file system says."""
+    if checkpoint.has_checksums:
+        return (checkpoint.index.chunk_checksums, tuple(checkpoint.index.tensors.items()))
     stats = [os.stat(file.path) for file in checkpoint.files]
-    return (
-        *(
-            (str(file.path), s.st_size, s.st_mtime_ns, s.st_ino)
-            for file, s in zip(checkpoint.files, stats, strict=True)
-        ),
-        checkpoint.index.chunk_checksums,
-    )
+    facts = [(status.st_size, status.st_mtime_ns, status.st_ino) for status in stats]
+    return (*zip((str(file.path) for file in checkpoint.files), facts, strict=True),)
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

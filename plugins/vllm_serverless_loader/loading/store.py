@@ -8,6 +8,7 @@ can tell a slow disk from a dead server. A client that goes away loses its lease
 from __future__ import annotations
 
 import array
+import hashlib
 import json
 import os
 import socket
@@ -32,7 +33,7 @@ from vllm_serverless_loader.checkpoint.index import (
     PartitionIndex,
     TensorEntry,
 )
-from vllm_serverless_loader.checkpoint.reader import open_checkpoint
+from vllm_serverless_loader.checkpoint.reader import Checkpoint, open_checkpoint
 from vllm_serverless_loader.loading.device_push import (
     DriverError,
     RemoteMemory,
@@ -42,6 +43,7 @@ from vllm_serverless_loader.loading.device_push import (
 )
 from vllm_serverless_loader.loading.host_cache import CachedModel, HostCache, extents_of
 from vllm_serverless_loader.loading.options import LoadOptions
+from vllm_serverless_loader.loading.remote import is_remote, open_remote
 
 PROTOCOL = 1
 _MESSAGE_LIMIT = 64 << 20
@@ -63,6 +65,7 @@ class StoreServer:
         cache: made with ``shared=True``.
         socket_path: where clients connect; readable and writable by this user alone.
         options: how models are read.
+        remote_cache: folder for local copies of models whose path is a URL; without it they are refused.
 
     Raises:
         ValueError: the cache is not shared.
@@ -70,13 +73,19 @@ class StoreServer:
     """
 
     def __init__(
-        self, cache: HostCache, socket_path: str | os.PathLike[str], *, options: LoadOptions | None = None
+        self,
+        cache: HostCache,
+        socket_path: str | os.PathLike[str],
+        *,
+        options: LoadOptions | None = None,
+        remote_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         if cache.arena.fd is None:
             raise ValueError("store: the cache must be made with shared=True")
         self.cache = cache
         self.socket_path = Path(socket_path)
         self._options = options or LoadOptions()
+        self._remote_cache = None if remote_cache is None else Path(remote_cache)
         self._listener: socket.socket | None = None
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -174,7 +183,7 @@ class StoreServer:
         number = max(leases, default=0) + 1
 
         def load() -> None:
-            with open_checkpoint(path, rank=rank) as checkpoint:
+            with self._checkpoint(path, rank) as checkpoint:
                 leases[number] = self.cache.load(checkpoint, options=self._options)
 
         if not _with_beats(connection, load):
@@ -182,6 +191,16 @@ class StoreServer:
         model = leases[number]
         reply = {"lease": number, "hit": model.hit, "path": str(model.path), "chunks": list(model.chunks)}
         _send(connection, {**reply, "index": _index_to_json(model.index)})
+
+    def _checkpoint(self, path: str, rank: int) -> Checkpoint:
+        if not is_remote(path):
+            return open_checkpoint(path, rank=rank)
+        if self._remote_cache is None:
+            raise ValueError(
+                f"{path}: the store was started without a folder for remote models (--remote-cache)"
+            )
+        folder = self._remote_cache / hashlib.sha256(path.encode()).hexdigest()[:32]
+        return open_remote(path, folder, rank=rank)
 
     def __enter__(self) -> StoreServer:
         self.start()
@@ -242,7 +261,9 @@ class StoreClient:
             FileNotFoundError, ValueError, CorruptCheckpointError, MemoryError, OSError: as the store met
                 them.
         """
-        reply = self._request({"op": "open", "path": os.path.realpath(path), "rank": rank})
+        name = os.fspath(path)
+        name = name if is_remote(name) else os.path.realpath(name)
+        reply = self._request({"op": "open", "path": name, "rank": rank})
         lease = reply["lease"]
 
         def release() -> None:

@@ -37,6 +37,9 @@ _IN_FLIGHT = 4  # steps launched whose reports were not read yet
 _STREAM_CHOICES = 8
 # Victims queued, in misses of the last step.
 _QUEUED_STEPS = 4
+# The few programs that compute a small batch read in place too slowly for the link, which a pull fills. So up
+# to this share of the slots may change hands in a step even for experts that are worth less.
+_VISITORS = 1 / 8
 
 
 @dataclass
@@ -257,6 +260,11 @@ class DirectCache:
         self._queued = int((worth[absent[:pairs]] > worth[held[:pairs]]).sum())
         self._admitted[:] = 0
         self._admitted[absent[: self._queued]] = 1
+        visitors = int(_VISITORS * len(held))
+        if self._last_misses <= visitors:
+            # So few that those worth least make room: a visitor is pulled, and is the next victim.
+            self._queued = max(self._queued, visitors)
+            self._admitted[:] = 1
         return held[: max(self._queued, self.store.num_experts)]
 
     def verify(self) -> None:

@@ -267,6 +267,23 @@ def test_mo09_an_expert_takes_a_slot_only_from_one_that_is_worth_less():
     assert cache.resident(0) == {0, 3, 4} or cache.resident(0) == {0, 1, 4}
 
 
+def test_mo09_few_visitors_pass_through_the_slots_worth_least():
+    cache = make(48, layers=6, policy="lfu")  # experts 0 to 7 of every layer
+    steady = [torch.tensor([[expert, expert + 1]], dtype=torch.int32) for expert in range(0, 6, 2)]
+    visitor = torch.tensor([[8, 9]], dtype=torch.int32)
+    for step in range(12):
+        cache.begin_step(3 if step < 4 else 1)
+        for layer in range(6):
+            ids = torch.cat(steady) if step < 4 else visitor if layer == 0 else steady[step % 3]
+            cache.serve(layer, ids, remap=True)
+        finish_step(cache, 3 if step < 4 else 1)
+    assert cache.stats["in_place"] == 0
+    assert cache.stats["copies"] >= 2
+    for layer in range(6):  # what is asked for often stayed
+        assert cache.resident(layer) >= {0, 1, 2, 3, 4, 5}
+    assert cache.resident(0) >= {8, 9}
+
+
 def test_mo11_a_large_batch_copies_each_missing_expert_at_most_once_a_layer_and_spares_the_rest():
     cache = make(16)
     rng = np.random.default_rng(1)

@@ -41,9 +41,10 @@ class NerfactoProbe:
     """Derivatives of nerfacto's colours by its sample points or by the output of its hash encoding."""
 
     def __init__(self, model: Any) -> None:
-        encoding = getattr(getattr(model.field, "mlp_base", None), "model", [None])[0]
+        base = getattr(getattr(model, "field", None), "mlp_base", None)
+        encoding = getattr(base, "model", [None])[0]
         table = getattr(encoding, "hash_table", None)
-        if not isinstance(table, nn.Parameter):
+        if not isinstance(table, nn.Parameter) or not hasattr(model, "proposal_sampler"):
             raise ValueError(
                 f"{type(model).__name__} has no hash table in torch; use nerfacto with implementation='torch'"
             )

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_serverless_loader.loading.options import LoadOptions
+
 _UNITS = {
     "": 1,
     **{p: 1000**i for i, p in enumerate("kmgt", 1)},
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store.add_argument("--memory", required=True, help="size of the pool, e.g. 64GiB")
     store.add_argument("--socket", required=True)
     store.add_argument("--chunk", default="16MiB")
-    store.add_argument("--io-threads", type=int, default=4)
+    store.add_argument("--io-threads", type=int, default=LoadOptions().io_threads)
     store.add_argument("--remote-cache", help="folder for local copies of models given by URL")
 
     probe = commands.add_parser("probe", help="measure the links between this machine's memory tiers")
@@ -144,7 +146,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _store(options: argparse.Namespace) -> int:
     from vllm_serverless_loader.loading.host_cache import HostCache
-    from vllm_serverless_loader.loading.options import LoadOptions
     from vllm_serverless_loader.loading.store import StoreServer
 
     stopped = threading.Event()

@@ -248,3 +248,15 @@ def test_sl02_two_ranks_and_their_key(tmp_path):
     assert [load_checkpoint(tmp_path, rank=rank)["w"].tolist() for rank in range(2)] == [[0] * 3, [1] * 3]
     with pytest.raises(ValueError, match="dtype is 'bfloat16', expected 'float32'"):
         open_checkpoint(tmp_path, expect=CheckpointKey(layout="", dtype="float32", tensor_parallel_size=2))
+
+
+def test_sl01_original_layouts_serve_any_number_of_ranks(tmp_path):
+    tensors = {"w": torch.arange(10)}
+    write_partition(tmp_path / "full", tensors)
+    (tmp_path / "plain").mkdir()
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    expect = CheckpointKey(layout="", dtype="bfloat16", tensor_parallel_size=2)
+    for name in ("full", "plain"):
+        for rank in range(2):
+            with open_checkpoint(tmp_path / name, rank=rank, world_size=2, expect=expect) as checkpoint:
+                assert_same(checkpoint.load().tensors, tensors)

@@ -177,6 +177,7 @@ def test_sl25_one_line_a_rank_with_source_and_rate(tied_model, caplog, monkeypat
 def test_sl01_two_ranks_give_the_ids_of_auto_with_two_ranks(tied_model, tmp_path):
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     ids = greedy_ids(tied_model, **two)
+    assert greedy_ids(convert(tied_model, tmp_path / "full", layout="full"), {}, **two) == ids
     converted = tmp_path / "two"
     assert greedy_ids(tied_model, {"convert_to": str(converted)}, **two) == ids
     assert greedy_ids(converted, {}, **two) == ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,17 +19,18 @@ class LoadOptions:
     """Knobs of a load.
 
     Attributes:
-        io_threads: threads that read.
+        io_threads: threads that read; by default one a core, between 4 and 16.
         chunk_bytes: bytes of one read of a safetensors file; our own format is read in the chunks of its
             index.
-        staging_chunks: chunks of page-locked memory on the way to a GPU, or read ahead.
+        staging_chunks: chunks of page-locked memory on the way to a GPU, or read ahead; at least one a thread
+            keeps all threads busy.
         direct_io: as ``mode`` of :class:`tiered_memory.DirectReader`.
         verify: compare the checksum of each chunk that comes from disk.
     """
 
-    io_threads: int = 4
+    io_threads: int = field(default_factory=lambda: max(4, min(16, len(os.sched_getaffinity(0)))))
     chunk_bytes: int = 16 << 20
-    staging_chunks: int = 8
+    staging_chunks: int = 16
     direct_io: Literal["auto", "always", "never"] = "auto"
     verify: bool = True
 

@@ -26,7 +26,7 @@ def measure(store, worker, workers, job: GPTJob, options) -> dict[str, list[floa
     """Seconds of each arm by turns, the whole pause: until the new layout holds all state."""
     warnings.filterwarnings("ignore")
     world = World(store, worker, workers, timeout=120)
-    elastic = Reconfigurator(job, world=world)
+    elastic = Reconfigurator(job, world=world, staging_bytes=64 << 20)
     seconds: dict[str, list[float]] = {}
 
     def start(text):
@@ -45,7 +45,10 @@ def measure(store, worker, workers, job: GPTJob, options) -> dict[str, list[floa
         elastic.describe()  # makes Adam's state, without which describing for a load asserts
         load_checkpoint(elastic.state, options.folder)
 
+    begun = time.monotonic()
     for turn in range(options.repeats + 1):
+        if turn > 1 and max(world.all_gather_json(time.monotonic() - begun)) > options.budget:
+            break
         arms = [("live", live), ("checkpoint", checkpoint)]
         for before, after in PAIRS:
             for name, change in arms if turn % 2 else reversed(arms):
@@ -63,6 +66,7 @@ def measure(store, worker, workers, job: GPTJob, options) -> dict[str, list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=600, help="seconds after which no turn starts")
     parser.add_argument("--quick", action="store_true", help="a small model; writes no result")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -71,7 +75,7 @@ def main() -> None:
     job = GPTJob(shape, global_batch_size=2, num_samples=64)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         options.folder = Path(folder) / "checkpoint"
-        results = run_world(WORKERS, measure, job, options, timeout=800)
+        results = run_world(WORKERS, measure, job, options, timeout=1000)
     samples = {
         name: [max(turns) for turns in zip(*(r[name] for r in results), strict=True)] for name in results[0]
     }

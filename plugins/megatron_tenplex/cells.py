@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +24,18 @@ class Cell:
     box: Box
     holders: Mapping[int, Shard]
     needers: Mapping[int, tuple[Shard, ...]]
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Stop Python's cyclic collector: it would spend as long scanning a plan's objects as planning takes."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 Piece = tuple[int, int, Shard]  # side (0 source, 1 target), worker, shard

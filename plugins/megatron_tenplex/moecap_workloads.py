@@ -75,7 +75,7 @@ class _ReconfigureSystem(System):
 
         seeds = [item.payload for item in items]
         folder = Path(self._folder.name) / "checkpoint"
-        limit = 60.0 + 30.0 * len(items)
+        limit = 120.0 + 60.0 * len(items)  # a first checkpoint starts processes that import Megatron
         by_worker = run_world(
             self.params["workers"], _changes, seeds, self.options, self.params, folder, timeout=limit
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from megatron_tenplex.cells import cells_of
+from megatron_tenplex.cells import cells_of, collection_paused
 from megatron_tenplex.ptc import ParallelTensorCollection
 from megatron_tenplex.topology import Topology
 
@@ -26,14 +26,15 @@ def assign_roles(
     hosts = 1 if topology is None else -(-workers // topology.ranks_per_host)
     blocks = 1 if topology is None else -(-roles // topology.ranks_per_host)
     host_lacks = np.zeros((hosts, blocks), dtype=np.int64)
-    for key, cells in cells_of(source, target, range(roles)):
-        itemsize = target.itemsize(key)
-        for cell in cells:
-            nbytes = cell.box.numel * itemsize
-            holders, needers = list(cell.holders), list(cell.needers)
-            held[np.ix_(holders, needers)] += nbytes
-            if topology is not None:
-                _add_host_need(host_lacks, holders, needers, nbytes, topology)
+    with collection_paused():
+        for key, cells in cells_of(source, target, range(roles)):
+            itemsize = target.itemsize(key)
+            for cell in cells:
+                nbytes = cell.box.numel * itemsize
+                holders, needers = list(cell.holders), list(cell.needers)
+                held[np.ix_(holders, needers)] += nbytes
+                if topology is not None:
+                    _add_host_need(host_lacks, holders, needers, nbytes, topology)
     if topology is None:
         return _assign(held)
     nested = _nested(held, host_lacks, topology)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_tenplex.balance import Class, balanced_quotas
-from megatron_tenplex.cells import Cell, cells_of
+from megatron_tenplex.cells import Cell, cells_of, collection_paused
 from megatron_tenplex.errors import UncoveredRangeError
 from megatron_tenplex.ptc import Box, ParallelTensorCollection, Shard, union_numel
 from megatron_tenplex.topology import Topology
@@ -224,10 +224,11 @@ def plan_reshard(
     workers = max(source.world_size, target.world_size)
     topology = topology or Topology(ranks_per_host=workers)
     builder = _Builder(workers, topology, relay, lost)
-    for key, cells in cells_of(source, target, placement):
-        for cell in cells:
-            builder.add(key, cell, target.itemsize(key))
-    return ReshardPlan(builder.moves(source_policy), workers, placement, topology)
+    with collection_paused():
+        for key, cells in cells_of(source, target, placement):
+            for cell in cells:
+                builder.add(key, cell, target.itemsize(key))
+        return ReshardPlan(builder.moves(source_policy), workers, placement, topology)
 
 
 @dataclass(slots=True)

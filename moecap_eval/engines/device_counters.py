@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moecap_eval.engines.counters import PassCounts
 
-_RING_PASSES = 32  # of each half
-_RING_BYTES = 1 << 26
+_RING_PASSES = 128  # of each half
+_RING_BYTES = 1 << 25
 _MAX_IN_FLIGHT = 64
 
 
@@ -68,6 +68,9 @@ class DevicePassCounters:
         slots = max(1, min(_RING_PASSES, _RING_BYTES // (2 * slot_bytes)))
         ring = (2, slots, num_layers + 1, self._ring_rows + 1, self._top_k)
         self._ring = torch.zeros(ring, dtype=torch.int32, device=device)
+        # Views made once: slicing a tensor takes the host as long as starting a copy.
+        self._slots = [[self._ring[half, slot] for slot in range(slots)] for half in range(2)]
+        self._ring_source = self._pass[:, : self._ring_rows + 1]
         self._half = 0
         self._rows: list[int] = []
         self._lane = _CudaLane(device) if device.type == "cuda" else _HostLane()
@@ -140,10 +143,10 @@ class DevicePassCounters:
             self._lane.run(lambda: self._count(self._pass[None, :, : written + 1], [rows]), 1)
             self._lane.wait()
             return
-        slot = len(self._rows)
-        self._ring[self._half, slot].copy_(self._pass[:, : self._ring_rows + 1])
+        slots = self._slots[self._half]
+        slots[len(self._rows)].copy_(self._ring_source)
         self._rows.append(rows)
-        if len(self._rows) == self._ring.shape[1]:
+        if len(self._rows) == len(slots):
             self._turn()
             # A graph that does not gather leaves this at 0, and its pass is found to be a hole.
             self._written.zero_()
@@ -206,12 +209,14 @@ def count_passes(passes: Tensor, rows: Tensor, num_experts: int) -> Tensor:
 
     ids = passes[:, :layers, :capacity]
     known = (ids >= 0) & (ids < num_experts) & is_written[:, None, :, None]
-    touched = _histogram(torch.where(known & is_token[:, None, :, None], ids, num_experts), num_experts)
-    loaded = _histogram(torch.where(known, ids, num_experts), num_experts)
+    # One histogram for both: experts of padding rows have bins of their own.
+    bins = torch.where(is_token[:, None, :, None], ids, ids + num_experts)
+    counts = _histogram(torch.where(known, bins, 2 * num_experts), 2 * num_experts)
+    touched, padding = counts[..., :num_experts], counts[..., num_experts:]
     return torch.cat(
         (
             touched.flatten(1),
-            (loaded > 0).sum(2, dtype=torch.int32),
+            ((touched + padding) > 0).sum(2, dtype=torch.int32),
             _distinct(torch.where(is_token, tokens, -1))[:, None],
         ),
         dim=1,

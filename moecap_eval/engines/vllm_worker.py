@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +39,28 @@ def __getattr__(name: str) -> type:
     return made
 
 
+class _Announced(NamedTuple):
+    """What the scheduler says about a pass, copied on the step's path and evaluated beside it."""
+
+    rows: int
+    tokens: dict[str, int]
+    computed: list[tuple[str, int]]
+    drafts: int
+
+    @classmethod
+    def of(cls, scheduled: Any) -> _Announced:
+        cached = scheduled.scheduled_cached_reqs
+        computed = list(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        computed += [(new.req_id, new.num_computed_tokens) for new in scheduled.scheduled_new_reqs]
+        drafts = sum(map(len, scheduled.scheduled_spec_decode_tokens.values()))
+        return cls(
+            scheduled.total_num_scheduled_tokens, dict(scheduled.num_scheduled_tokens), computed, drafts
+        )
+
+
 @dataclass(frozen=True)
 class _Shape:
-    """What the scheduler says about a pass."""
+    """The sizes of a pass as a ``StepRecord`` has them."""
 
     tokens: int
     requests: int
@@ -51,23 +70,19 @@ class _Shape:
     windowed: dict[int, tuple[int, int]]
 
     @classmethod
-    def of(cls, scheduled: Any, windows: Sequence[int]) -> _Shape:
-        cached = scheduled.scheduled_cached_reqs
-        computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    def of(cls, announced: _Announced, windows: Sequence[int]) -> _Shape:
+        computed = dict(announced.computed)
         kv_tokens = pairs = 0
         clipped = dict.fromkeys(windows, (0, 0))
-        for request, tokens in scheduled.num_scheduled_tokens.items():
+        for request, tokens in announced.tokens.items():
             past = computed[request]
             kv_tokens += past + tokens
             pairs += tokens * past + tokens * (tokens + 1) // 2
             for window, sums in clipped.items():
                 read, seen = clip_to_window(past, tokens, window)
                 clipped[window] = sums[0] + read, sums[1] + seen
-        drafts = sum(len(tokens) for tokens in scheduled.scheduled_spec_decode_tokens.values())
-        requests = len(scheduled.num_scheduled_tokens)
-        rows = scheduled.total_num_scheduled_tokens
-        return cls(rows, requests, requests + drafts, kv_tokens, pairs, clipped)
+        requests = len(announced.tokens)
+        return cls(announced.rows, requests, requests + announced.drafts, kv_tokens, pairs, clipped)
 
 
 class _ProfilingMixin:
@@ -80,7 +95,7 @@ class _ProfilingMixin:
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._moecap.paused or scheduler_output.total_num_scheduled_tokens == 0:
             return super().execute_model(scheduler_output)  # type: ignore[misc]
-        self._moecap.begin(_Shape.of(scheduler_output, self._moecap.windows))
+        self._moecap.begin(_Announced.of(scheduler_output))
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if output is not None:  # else vLLM samples in a second call, which belongs to this pass
             self._moecap.end(output)
@@ -160,8 +175,8 @@ class _Recorder:
         self._bind()
         self._moved_bytes: Callable[[], dict[str, int]] | None = None
         self._record_routing = False
-        self._current: _Shape | None = None
-        self._pending: list[tuple[_Shape, dict[str, int], int | None]] = []
+        self._current: _Announced | None = None
+        self._pending: list[tuple[_Announced, dict[str, int], int | None]] = []
         self._steps: list[dict[str, Any]] = []
         self._routing: tuple[list[np.ndarray], list[int]] = ([], [])
         self._checked = False
@@ -179,10 +194,10 @@ class _Recorder:
         self._record_routing = record_routing
         return list(self._layer_ids)
 
-    def begin(self, shape: _Shape) -> None:
+    def begin(self, announced: _Announced) -> None:
         if not self._checked:
             self._check_still_bound()
-        self._current = shape
+        self._current = announced
         self._counters.begin()
 
     def _check_still_bound(self) -> None:
@@ -197,7 +212,7 @@ class _Recorder:
     def end(self, output: Any) -> None:
         if self._current is None:
             return
-        self._counters.end(self._current.tokens)
+        self._counters.end(self._current.rows)
         moved = dict(self._moved_bytes()) if self._moved_bytes else {}
         accepted = _accepted_tokens(output) if self._speculates else None
         self._pending.append((self._current, moved, accepted))
@@ -215,7 +230,8 @@ class _Recorder:
 
     def _collect(self) -> None:
         pending, self._pending = self._pending, []
-        for (shape, moved, accepted), counts in zip(pending, self._counters.drain(), strict=True):
+        for (announced, moved, accepted), counts in zip(pending, self._counters.drain(), strict=True):
+            shape = _Shape.of(announced, self.windows)
             self._steps.append({**self._step(shape, moved, counts), "accepted_tokens": accepted})
             if self._record_routing:
                 self._routing[0].append(counts.counts)

@@ -59,7 +59,7 @@ def check(got: PassCounts, ids: np.ndarray, tokens: np.ndarray, rows: int) -> No
 def test_cap08_counts_of_passes_of_all_sizes(kind: str, parts: int) -> None:
     """More passes than both halves of the ring hold, some larger than a slot of it."""
     bench, generator = Bench(kind), np.random.default_rng(0)
-    sizes = [5, 1, 16, 3, 4, 2] * 25
+    sizes = [5, 1, 16, 3, 4, 2, 1, 1, 2, 4] * 40
     passes = [random_pass(generator, rows) for rows in sizes]
     for ids, tokens in passes:
         bench.run(ids, tokens, parts=parts)

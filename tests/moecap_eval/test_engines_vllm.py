@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moecap_eval.accounting import s_mbu, s_mfu
 from moecap_eval.engines import vllm as engine
-from moecap_eval.engines.vllm_worker import _Shape
+from moecap_eval.engines.vllm_worker import _Announced, _Shape
 from moecap_eval.model_spec import ModelSpec
 from moecap_eval.routing import expected_distinct_experts
 from moecap_eval.workload import StepRecord
@@ -226,7 +226,7 @@ def test_cap08_what_the_scheduler_announces_by_enumeration(
         total_num_scheduled_tokens=sum(tokens for _, tokens in requests),
         scheduled_spec_decode_tokens={ids[0]: [1, 2]},
     )
-    shape = _Shape.of(scheduled, [window])
+    shape = _Shape.of(_Announced.of(scheduled), [window])
     pairs = [
         (name, query, key)
         for name, (past, tokens) in zip(ids, requests, strict=True)

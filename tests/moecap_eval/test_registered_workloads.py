@@ -74,13 +74,13 @@ def test_cap17_every_workload_runs_with_two_items(name: str, tmp_path: Path) -> 
         "workload": name,
         "params": {**params, "seed": 3},
         "arms": {"first": {}, "second": other},
-        "compare": {"warm_up": 1, "aa_control": False, "timeout_s": 110},
+        "compare": {"warm_up": 1, "aa_control": False, "timeout_s": 500},
         "hardware": {"profile": "cpu-reference", "peaks": "spec"},
         "cost": {"device_usd": 1000, "watts": 50},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
-    done = moecap("run", tmp_path / "c.yaml", "-o", out, "--limit", 2, timeout=240)
+    done = moecap("run", tmp_path / "c.yaml", "-o", out, "--limit", 2, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     records = read_records(out)
     assert {arm: len(blocks) for arm, blocks in records.blocks.items()} == {"first": 2, "second": 2}

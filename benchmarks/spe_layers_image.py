@@ -243,6 +243,39 @@ def pictures(names: list[str], file: Path | None) -> dict[str, tuple[Tensor, Ten
     return {name: image_halves(name, SIZE) for name in names}
 
 
+PHASE_STDS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+
+
+def phase_scales(data: dict[str, tuple[Tensor, Tensor, Tensor]], out: Path, device: str) -> None:
+    """SPE with automatic bands at other scales of the phases: does 1 radian serve?"""
+    rates, seeds, steps = (3e-3, 1e-2), 3, 300
+    means: dict[float, list[float]] = {std: [] for std in PHASE_STDS}
+    samples: dict[str, list[float]] = {}
+    for image, (x, y, mask) in data.items():
+        halves = [t.to(device) for t in (x[mask], y[mask], x[~mask], y[~mask])]
+        bands = select_bands(*halves[:2])
+        for std in PHASE_STDS:
+            build = partial(
+                build_first_layer, "spe", 2, WIDTH, bands, init="calibrated", phase_std=std, backend="eager"
+            )
+            psnr = train(build, halves, rates=rates, seeds=seeds, steps=steps)["psnr"]
+            means[std].append(max(map(statistics.mean, psnr)))
+            samples[f"{image} phase std {std:g} (dB)"] = list(chain(*psnr))
+        print(image, {std: round(values[-1], 2) for std, values in means.items()}, flush=True)
+        gaps = {std: [a - b for a, b in zip(v, means[1.0], strict=True)] for std, v in means.items()}
+        write_result(
+            "spe_layers_phase_std",
+            question="At which standard deviation of the phases does SPE with automatic bands do best?",
+            headline=[
+                Headline(f"phase std {std:g} - phase std 1", statistics.mean(v), "dB", min(v), max(v),
+                         note=f"{len(v)} pictures, lowest to highest")
+                for std, v in gaps.items()
+            ],
+            samples=samples, folder=out, learning_rates=list(rates), seeds=seeds, steps=steps,
+            pictures=list(data)[: len(means[1.0])],
+        )  # fmt: skip
+
+
 def draw(result: Path, path: Path) -> None:
     """Best setting of each family against the best fixed encoding, by picture."""
     import matplotlib.pyplot as plt
@@ -284,6 +317,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", default=["camera", "astronaut", "brick", "text", "coffee"])
     parser.add_argument("--data", type=Path, help="pictures written by --save-data")
     parser.add_argument("--save-data", type=Path, help="write the pictures and stop")
+    parser.add_argument("--phase-std", action="store_true", help="only SPE, at several scales of its phases")
     parser.add_argument("--draw", type=Path, help="draw the stored result to this file and stop")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -292,6 +326,9 @@ def main() -> None:
     data = pictures(arguments.images, arguments.data)
     if arguments.save_data:
         torch.save(data, arguments.save_data)
+        return
+    if arguments.phase_std:
+        phase_scales(data, arguments.out, arguments.device)
         return
     quick = arguments.quick
     rates, seeds, steps = ((3e-3,), 3, 300) if quick else ((1e-3, 3e-3, 1e-2), 5, 600)

@@ -57,9 +57,7 @@ def spe(
     dims = x.shape[-1]
     points = x.reshape(-1, dims).to(torch.float32)
     folded = nerf_order_weight(weight, bands, dims, mask)
-    flat = fused_forward(
-        points, folded, bias, list(bands.multipliers), bands.scale, bands.include_input, out_dtype
-    )
+    flat = fused_forward(points, folded, bias, bands, out_dtype)
     return flat.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -104,7 +103,7 @@ def launch_backward(
     if needs[0]:
         dx = x.new_empty(x.shape)
         shape = launch.fit(tiles, "coordinate_grad")
-        launch.run(coordinate_grad_kernel, (triton.cdiv(len(x), shape.points),), shape, grad, x, dx)
+        launch.run(coordinate_grad_kernel, (_ceil_div(len(x), shape.points),), shape, grad, x, dx)
     if needs_weight:
         shape = launch.fit(tiles, "weight_grad")
         grid = launch.walk(shape)
@@ -135,12 +134,12 @@ def launch_stack(
         return out
     launch = _Launch(x, weight, bias, bands, 1)
     tiles = launch.fit(tiles, "stack")
-    tiles = replace(tiles, units=min(tiles.units, max(16, triton.next_power_of_2(len(second)))))
+    tiles = replace(tiles, units=min(tiles.units, max(16, _next_power(len(second)))))
     shift = x.new_zeros(len(second)) if shift is None else shift
     # The interpreter keeps bfloat16 as integers and multiplies those.
     bfloat = out_dtype == torch.bfloat16 and not INTERPRETED
     with torch.cuda.device_of(x):
-        stack_kernel[(triton.cdiv(len(x), tiles.points), triton.cdiv(len(second), tiles.units))](
+        stack_kernel[(_ceil_div(len(x), tiles.points), _ceil_div(len(second), tiles.units))](
             x, launch.packed, launch.unscale, launch.rates, second.to(out_dtype).contiguous(), shift, out,
             len(x), len(weight), len(second), *x.stride(),
             **launch.constants, PERIOD=launch.period, DOT=tl.bfloat16 if bfloat else tl.float16,
@@ -150,6 +149,15 @@ def launch_stack(
     return out
 
 
+def _ceil_div(a: int, b: int) -> int:
+    # triton.cdiv asks at every call whether it is inside a kernel.
+    return -(-a // b)
+
+
+def _next_power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
 class _Launch:
     """What the kernels of one call share: the packed weight, constants, and the choice of tiles."""
 
@@ -157,7 +165,7 @@ class _Launch:
         units, features = weight.shape
         self.has_bias, self.terms, self.rates = bias is not None, terms, _rates(bands, x.device)
         self.points, self.units, self.device = len(x), units, x.device
-        self.half = max(16, triton.next_power_of_2(features + self.has_bias) // 2)
+        self.half = max(16, _next_power(features + self.has_bias) // 2)
         self.wide = self.half > 32
         self.constants = {
             "P": bands.num_bands * x.shape[1],
@@ -169,14 +177,15 @@ class _Launch:
         self.period = turn_period(bands)
         # Every tile of units is full, so that kernels load weights without a mask.
         largest = max(t.units for t in (*TILES.values(), SMALL_TILES))
-        rows = triton.cdiv(units, largest) * largest
+        rows = _ceil_div(units, largest) * largest
         self.packed = torch.empty((2, rows, 2 * self.half), dtype=torch.float16, device=x.device)
         self.unscale = torch.empty(1, dtype=torch.float32, device=x.device)
+        self.padded = rows * 2 * self.half
         weight = weight.contiguous()
         with torch.cuda.device_of(x):
             pack_kernel[(rows // PACK_UNITS,)](
                 weight, weight if bias is None else bias, self.packed, self.unscale,
-                units, features, self.packed[0].numel(),
+                units, features, self.padded,
                 **self.constants, BH=PACK_UNITS, BLOCK=4096, num_warps=8,
             )  # fmt: skip
 
@@ -188,13 +197,14 @@ class _Launch:
                 self.device.type == "cuda" and _shared_memory(self.device) < LARGE_SHARED_MEMORY
             ):
                 tiles = SMALL_TILES
-        return replace(tiles, units=min(tiles.units, max(16, triton.next_power_of_2(self.units))))
+        units = min(tiles.units, max(16, _next_power(self.units)))
+        return tiles if units == tiles.units else replace(tiles, units=units)
 
     def walk(self, tiles: Tiles) -> tuple[int, int]:
         """Programs that walk over the points, and tiles of units: as many as the device holds at once."""
-        unit_tiles = triton.cdiv(self.units, tiles.units)
+        unit_tiles = _ceil_div(self.units, tiles.units)
         resident = tiles.programs * _multiprocessors(self.device) // unit_tiles
-        return min(triton.cdiv(self.points, tiles.points), max(1, resident)), unit_tiles
+        return min(_ceil_div(self.points, tiles.points), max(1, resident)), unit_tiles
 
     def run(self, kernel: Any, grid: tuple[int, ...], tiles: Tiles, *tensors: Tensor) -> None:
         """Launch on (gradient,) x, output."""
@@ -202,7 +212,7 @@ class _Launch:
         with torch.cuda.device_of(x):
             kernel[grid](
                 *grad, x, self.packed, self.unscale, self.rates, out,
-                self.points, self.units, self.packed[0].numel(), *x.stride(),
+                self.points, self.units, self.padded, *x.stride(),
                 **self.constants, PERIOD=self.period, TERMS=self.terms, BN=tiles.points, BH=tiles.units,
                 num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers,
             )  # fmt: skip
@@ -297,29 +307,74 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = options
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *plain, out_dtype = ctx.options
+
+    def launch(needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.spe_layers.backward(grad, *ctx.saved_tensors, *plain, needs)
+
+    return (*_gradients(ctx, grad, _plain(*plain), out_dtype, launch), None, None, None, None)
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+class _Fused(torch.autograd.Function):
+    """The operator for calls outside of compilers, where each would pay for its dispatch."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, bands: Bands, out_dtype: torch.dtype
+    ) -> Tensor:
+        return launch_forward(x, weight, bias, bands, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bands, out_dtype = ctx.options
+        x, weight, bias = ctx.saved_tensors
+
+        def launch(needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+            return launch_backward(grad, x, weight, bias, bands, needs)
+
+        return (*_gradients(ctx, grad, bands, out_dtype, launch), None, None)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    bands: Bands,
+    out_dtype: torch.dtype,
+    launch: Callable[[list[bool]], tuple[Tensor, Tensor, Tensor]],
+) -> list[Tensor | None]:
+    """Gradients of x, weight and bias, None for those that are not needed."""
     x, weight, bias = ctx.saved_tensors
-    multipliers, scale, include_input, out_dtype = ctx.options
     needs = list(ctx.needs_input_grad[:3])
-    if torch.is_grad_enabled():
-        # create_graph: the gradient must be differentiable itself, so it is that of the plain torch twin.
-        inputs = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
-        y = spe_eager(x, weight, bias, _plain(multipliers, scale, include_input), out_dtype=out_dtype)
-        found: list[Tensor | None] = list(torch.autograd.grad(y, inputs, grad, create_graph=True))
-        grads = [found.pop(0) if needed else None for needed in needs]
-    else:
-        results = torch.ops.spe_layers.backward(
-            grad, x, weight, bias, multipliers, scale, include_input, needs
-        )
-        grads = [result if needed else None for result, needed in zip(results, needs, strict=True)]
-    return (*grads, None, None, None, None)
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+    if not torch.is_grad_enabled():
+        return [found if needed else None for found, needed in zip(launch(needs), needs, strict=True)]
+    # create_graph: the gradient must be differentiable itself, so it is that of the plain torch twin.
+    inputs = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
+    plain = replace(bands, amplitudes=None, layout="nerf")
+    y = spe_eager(x, weight, bias, plain, out_dtype=out_dtype)
+    found = list(torch.autograd.grad(y, inputs, grad, create_graph=True))
+    return [found.pop(0) if needed else None for needed in needs]
 
 
 def _plain(multipliers: Sequence[float], scale: float, include_input: bool) -> Bands:
     return Bands(tuple(multipliers), scale, None, include_input)
 
 
-fused_forward: Callable[..., Tensor] = _forward_op
+def fused_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bands: Bands, out_dtype: torch.dtype
+) -> Tensor:
+    """``sin(W e(x) + b)`` [N, H] by the kernels, differentiable; x [N, D] float32, W in ``nerf`` order.
+
+    Amplitudes and layout of ``bands`` are not looked at.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        plain = list(bands.multipliers), bands.scale, bands.include_input
+        return _forward_op(x, weight, bias, *plain, out_dtype)
+    return _Fused.apply(x, weight, bias, bands, out_dtype)

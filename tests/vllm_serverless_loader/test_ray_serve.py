@@ -148,6 +148,9 @@ def test_sl18_models_start_where_their_bytes_are_and_move_to_make_room(ingress):
 
 
 def test_sl18_config_is_checked(tmp_path):
+    shown = ClusterConfig.parse("examples/serverless_cluster.yaml")
+    assert shown.model_infos()["small"].num_gpus == 1
+    assert shown.host_cache_bytes == 8 << 30
     path = tmp_path / "cluster.yaml"
     path.write_text(json.dumps({"models": {"a": {"path": "m"}}, "polcy": "random"}))
     with pytest.raises(ValueError, match="unknown key 'polcy'; did you mean 'policy'"):

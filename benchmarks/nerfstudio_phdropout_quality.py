@@ -108,14 +108,16 @@ def judge(method: str, data: Path, work: Path, *, steps: int, members: int, num_
     truths = [(model.ground_truth(image), image[..., 3:] > 0.5) for image in raw]
     trials = 100 if splats else 30
     arms: dict[str, PHDropoutConfig] = {
-        "monte carlo": PHDropoutConfig(estimator="monte_carlo", num_trials=trials),
+        "monte carlo": PHDropoutConfig(estimator="monte_carlo", num_trials=trials, layers="hidden"),
         "authors' settings": PHDropoutConfig.reference("splat" if splats else "nerf"),
     }
     if splats:
         arms = {"exact": PHDropoutConfig(), **arms}
     else:
         arms["first layer, mask a trial"] = PHDropoutConfig(num_trials=trials, layers="first")
-        arms["hidden layers, mask a sample"] = PHDropoutConfig(num_trials=trials, mask="sample")
+        arms["hidden layers, mask a sample"] = PHDropoutConfig(
+            num_trials=trials, layers="hidden", mask="sample"
+        )
     scores, pictures, spent = {}, {}, {}
     for name, settings in arms.items():
         start = time.perf_counter()

@@ -395,18 +395,18 @@ class InferenceEngine:
 
     def _lane_for(self, psgs: float) -> _Lane | None:
         """The worker for a batch: of the router's route the one that is free first; None if all died."""
+        now = time.perf_counter()
         first_free: dict[str, _Lane] = {}
+        free_at: dict[str, float] = {}
         for lane in self._lanes:
-            if lane.dead:
-                continue
-            if lane.route not in first_free or lane.free_at < first_free[lane.route].free_at:
-                first_free[lane.route] = lane
+            free = lane.expected_free_at(now)
+            if not lane.dead and free < free_at.get(lane.route, float("inf")):
+                first_free[lane.route], free_at[lane.route] = lane, free
         if not first_free:
             return None
         route = next(iter(first_free))
         if self._router is not None:
-            free_at = {name: lane.free_at for name, lane in first_free.items()}
-            route = self._router.choose(psgs, time.perf_counter(), free_at)
+            route = self._router.choose(psgs, now, free_at)
         return first_free.get(route) or next(iter(first_free.values()))
 
     def _predict(self, route: str, work: float) -> float:
@@ -491,6 +491,7 @@ class _Lane:
         self._engine = engine
         self._batches: deque[tuple[_Batch, float] | None] = deque()
         self._ready = threading.Condition()
+        self._busy = False
         self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._thread.start()
 
@@ -498,6 +499,12 @@ class _Lane:
     def has_room(self) -> bool:
         """Whether a batch sent now would start next."""
         return not self.dead and len(self._batches) < _BATCHES_AHEAD
+
+    def expected_free_at(self, now: float) -> float:
+        """When what it has will be done: now if idle; a batch that is overdue may take as long again."""
+        if not self._busy and not self._batches:
+            return now
+        return self.free_at if self.free_at > now else 2 * now - self.free_at
 
     def put(self, batch: _Batch, seconds: float) -> None:
         with self._ready:
@@ -515,6 +522,7 @@ class _Lane:
         with self._ready:
             self._ready.wait_for(lambda: bool(self._batches))
             item = self._batches.popleft()
+            self._busy = item is not None
         with self._engine._changed:  # there is room at this route again
             self._engine._changed.notify_all()
         return item
@@ -531,12 +539,13 @@ class _Lane:
                 self.dead = True
                 error = RuntimeError(f"worker {self.name} died: {problem!r}")
                 error.__cause__ = problem
-            self._engine._finish_batch(batch, error)
-            if self.dead:
-                break
             with self._ready:
+                self._busy = False
                 if not self._batches:
                     self.free_at = time.perf_counter()
+            self._engine._finish_batch(batch, error)  # tells the dispatcher too
+            if self.dead:
+                break
         while self.dead and self._batches:
             left = self._batches.popleft()
             if left is not None:

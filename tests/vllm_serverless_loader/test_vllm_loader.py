@@ -16,7 +16,6 @@ from vllm_serverless_loader import (
     StoreServer,
     convert,
     load_checkpoint,
-    open_checkpoint,
 )
 
 pytestmark = pytest.mark.vllm
@@ -171,17 +170,3 @@ def test_sl25_one_line_a_rank_with_source_and_rate(tied_model, caplog, monkeypat
     assert "rank 0" in lines[0]
     assert "from disk" in lines[0]
     assert "GiB/s" in lines[0]
-
-
-@pytest.mark.slow
-def test_sl01_two_ranks_give_the_ids_of_auto_with_two_ranks(tied_model, tmp_path):
-    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    ids = greedy_ids(tied_model, **two)
-    assert greedy_ids(convert(tied_model, tmp_path / "full", layout="full"), {}, **two) == ids
-    converted = tmp_path / "two"
-    assert greedy_ids(tied_model, {"convert_to": str(converted)}, **two) == ids
-    assert greedy_ids(converted, {}, **two) == ids
-    with open_checkpoint(converted, rank=1) as checkpoint:
-        assert checkpoint.world_size == 2
-    with pytest.raises(ValueError, match="was written for tensor_parallel_size=2, running with 1"):
-        greedy_ids(converted, {})

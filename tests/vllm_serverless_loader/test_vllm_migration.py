@@ -122,7 +122,7 @@ def test_sl14_real_engines_move_streams_and_survive_failures():
         finally:
             source.shutdown()
             destination.shutdown()
-        for _ in range(200):
+        for _ in range(1200):
             if not engine_processes() - before:
                 break
             await asyncio.sleep(0.05)

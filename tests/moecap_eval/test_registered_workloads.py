@@ -35,10 +35,22 @@ SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"views": 2, "resolution": 16, "gaussians": 60},
         {"estimator": "monte_carlo", "num_trials": 2},
     ),
+    "quiver.sample_and_gather": (
+        {"nodes": 400, "edges": 4000, "features": 8, "batch_size": 32, "batches": 2},
+        {"sampler": "pyg", "placement": "none"},
+    ),
+    "serverless_loader.cold_start": (
+        {"model": str(TINY_MOE / "model"), "loads": 2},
+        {"format": "safetensors"},
+    ),
+    "tenplex.reconfigure": (
+        {"hidden_size": 32, "layers": 2, "steps": 2, "changes": 2},
+        {"method": "checkpoint"},
+    ),
     "replay_gear.train": ({"trajectories": 8, "steps": 40, "batch_size": 8, "batches": 2}, {"store": "rows"}),
     "spe.fit": ({"side": 8, "steps": 5, "width": 8}, {"encoding": "relu"}),
 }
-SLOW = {"moe_offload.generate"}
+SLOW = {"moe_offload.generate", "tenplex.reconfigure"}
 
 
 class WellFormed(HTMLParser):

@@ -130,7 +130,7 @@ def known_topic_hit_rate(seed: int, num_slots: int) -> float:
 
 def quota_hit_rate(trace: RoutingTrace, num_slots: int) -> float:
     """Every layer with its own equal share of the slots, under ``eam``."""
-    quota = max(num_slots // trace.num_layers, trace.top_k)
+    quota = num_slots // trace.num_layers
     results = [
         replay(
             RoutingTrace(trace.expert_ids[:, [layer]], trace.request, trace.step, trace.num_experts),
@@ -169,6 +169,8 @@ def hit_rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for kind in arguments.kinds
         for residency in arguments.residency
         for policy in (*POLICIES, QUOTA, *([KNOWN] if kind == "topic_local" else []))
+        # A quota must hold the experts of one token.
+        if policy != QUOTA or residency >= trace_of(kind, 0).top_k / trace_of(kind, 0).num_experts
     ]
     cases = [Case(kind, seed, share, policy) for kind, share, policy in groups for seed in arguments.seeds]
     with ProcessPoolExecutor(arguments.jobs) as pool:

@@ -37,9 +37,6 @@ _IN_FLIGHT = 4  # steps launched whose reports were not read yet
 _STREAM_CHOICES = 8
 # Victims queued, in misses of the last step.
 _QUEUED_STEPS = 4
-# The few programs that compute a small batch read in place too slowly for the link, which a pull fills. So up
-# to this share of the slots may change hands in a step even for experts that are worth less.
-_VISITORS = 1 / 8
 
 
 @dataclass
@@ -122,7 +119,7 @@ class DirectCache:
         self._pending: deque[tuple[StepReport, Tensor, torch.cuda.Event | None]] = deque()
         self._tick = 0  # of the last step begun
         self._learned = self._known = 0  # of the last step learned from, and when the victims were ranked
-        self._last_misses = 0
+        self._last_accesses = self._last_misses = 0
         self._rows = np.zeros(layers * experts, dtype=np.int64)
         self._counted = np.zeros(NUM_COUNTERS, dtype=np.int64)
         self._own_slots = self.num_slots - host_slots
@@ -234,7 +231,9 @@ class DirectCache:
         """Queue victims for the steps to come, by the policy and what it knows now, and choose prefetches."""
         held = np.flatnonzero((self._rows >= 0) & (self._rows < self._own_slots))
         self.policy.on_layer(0, self.share)
-        worth = self.policy.worth()
+        # While the slots hold what a step needs, every missing expert gets one, and recency counts. Beyond
+        # that it would push out what the next step needs.
+        worth = self.policy.worth() if self._last_accesses > len(held) else None
         if worth is None:
             # A step finds the victims of the one or two before it used up.
             count = min(len(held), max(_QUEUED_STEPS * self._last_misses, self.store.num_experts))
@@ -260,11 +259,6 @@ class DirectCache:
         self._queued = int((worth[absent[:pairs]] > worth[held[:pairs]]).sum())
         self._admitted[:] = 0
         self._admitted[absent[: self._queued]] = 1
-        visitors = int(_VISITORS * len(held))
-        if self._last_misses <= visitors:
-            # So few that those worth least make room: a visitor is pulled, and is the next victim.
-            self._queued = max(self._queued, visitors)
-            self._admitted[:] = 1
         return held[: max(self._queued, self.store.num_experts)]
 
     def verify(self) -> None:
@@ -329,7 +323,7 @@ class DirectCache:
         counters.in_place += misses - pulls
         counters.bytes_host_to_device += pulls * self.store.layout.expert_nbytes
         count_moved("dram->hbm", misses * self.store.layout.expert_nbytes)
-        self._last_misses = misses
+        self._last_accesses, self._last_misses = accesses, misses
 
         used = np.zeros((layers, experts), dtype=bool)
         used[np.arange(layers)[:, None], report.chosen] = True

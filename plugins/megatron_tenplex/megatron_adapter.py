@@ -107,6 +107,12 @@ def destroy_parallel() -> None:
     parallel_state.destroy_model_parallel()
 
 
+def release(model: Sequence[nn.Module]) -> None:
+    """Let a model be freed that is trained no longer: the hooks of its DDP form cycles outside Python."""
+    for chunk in model:
+        getattr(chunk, "grad_accs", []).clear()
+
+
 def seed_everything(seed: int, *, data_parallel_random_init: bool = False) -> None:
     """Megatron's formula: seed + 100 * pipeline rank (+ 10 * data-parallel rank), and its CUDA streams."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()

@@ -141,6 +141,8 @@ class Reconfigurator:
             if self.world.form(members) is not None:
                 self._megatron.initialize_parallel(parallel, self.world.timeout.total_seconds())
                 self._megatron.seed_everything(self.seed + iteration)
+                if self.state is not None:
+                    self._megatron.release(self.state.model)
                 self.state = self._build(parallel)
                 local = self.describe()
             else:
@@ -194,6 +196,10 @@ class Reconfigurator:
             self._roll_back(old_parallel, old_members, held, small, error)
             self.world.begin_training()
             raise
+        # The old model, its gradients and its groups' threads go only with its reference cycles.
+        held.clear()
+        del local
+        _free_device_memory()
         self.world.begin_training()
         return self.state
 

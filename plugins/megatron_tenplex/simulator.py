@@ -73,7 +73,7 @@ def simulate(
                 "moves": len(plan.moves),
                 "remote_bytes": plan.remote_bytes,
                 "minimum_bytes": lower_bound(source, target, placement=placement),
-                "identity_bytes": lower_bound(source, target),
+                "identity_bytes": plan_reshard(source, target).remote_bytes,
                 "inter_host_bytes": plan.inter_host_bytes,
                 "bottleneck_bytes": plan.bottleneck_bytes,
                 "predicted_seconds": plan.predict(),

@@ -236,7 +236,8 @@ def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tupl
     wanted = lambda name: not keep or not name.startswith("sigma") or name in keep  # noqa: E731
     shown = {kind: {name: m for name, m in found.items() if wanted(name)} for kind, found in maps.items()}
     columns = max(len(found) for found in shown.values())
-    figure, axes = plt.subplots(len(shown), columns, figsize=(1.5 * columns, 2.15 * len(shown)), squeeze=False)
+    size = (1.5 * columns, 2.15 * len(shown))
+    figure, axes = plt.subplots(len(shown), columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, (kind, found) in zip(axes, shown.items(), strict=True):

@@ -81,7 +81,12 @@ class Run:
             write_result(
                 f"rl_replay_gear_sharded_{'gpu' if self.gpu else 'cpu'}",
                 question="What does a table over several processes of one host cost, exchanged or mapped?",
-                headline=self.headline,
+                headline=[
+                    Headline(
+                        "checks that hold", sum(item["ok"] for item in self.checks), f"of {len(self.checks)}"
+                    ),
+                    *self.headline,
+                ],
                 samples=self.samples,
                 folder=self.out,
                 checks=self.checks,

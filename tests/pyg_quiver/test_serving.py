@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -410,10 +411,13 @@ def test_qv11_an_idle_route_does_not_let_a_busy_one_collect_requests(model, feat
 
 
 def test_several_workers_of_a_route_run_at_once_and_predictions_learn(model, features, topology, sampler):
-    together = threading.Barrier(2, timeout=100)
+    together = threading.Barrier(2, timeout=30)
+    batches = itertools.count()
 
     def meet(x, edge_index):
-        together.wait()
+        # Only the first two: how many batches the rest make depends on how fast they are taken.
+        if next(batches) < 2:
+            together.wait()
         return model(x, edge_index)
 
     cost = EarliestFinishRouter({"cpu": CostModel(1e-6, 0.0)})

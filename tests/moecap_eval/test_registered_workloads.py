@@ -37,7 +37,7 @@ SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "quiver.sample_and_gather": (
         {"nodes": 400, "edges": 4000, "features": 8, "batch_size": 32, "batches": 2},
-        {"sampler": "pyg", "placement": "none"},
+        {"placement": "degree"},
     ),
     "serverless_loader.cold_start": (
         {"model": str(TINY_MOE / "model"), "loads": 2},

@@ -93,7 +93,7 @@ def main() -> list[dict[str, Any]]:
             "keep_alive_s": 0.0,  # every request starts its model anew
         }
         # One GPU as far as Ray knows, so that the example runs on any machine.
-        ray.init(num_cpus=2, num_gpus=1, log_to_driver=False)
+        ray.init("local", num_cpus=2, num_gpus=1, log_to_driver=False)
         try:
             handle = serve.run(build_app(config), name="serverless", route_prefix="/")
             rows = asyncio.run(client(handle.options(stream=True)))

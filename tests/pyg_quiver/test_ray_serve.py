@@ -36,7 +36,7 @@ def test_every_replica_gives_the_answer_of_the_engine_alone():
     import pyg_quiver.ray_serve as module
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         options = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}}
         handle = serve.run(

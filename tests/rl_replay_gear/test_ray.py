@@ -16,7 +16,7 @@ SPEC = TableSpec((ColumnSpec("x", (2,)), ColumnSpec("who", (), torch.int64)), 10
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

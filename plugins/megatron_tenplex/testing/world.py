@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -41,15 +42,24 @@ def run_world(num_workers: int, function: Callable[..., Any], *args: Any, timeou
     Raises:
         WorkerFailedError: with all tracebacks. Workers still running at ``timeout`` seconds are killed.
     """
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
-    )
+    # The store starts after the forks: its thread could hold a lock that a child would then wait for.
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         pids = {
-            w: _fork(w, store.port, Path(folder), timeout, lambda s, w: function(s, w, num_workers, *args))
+            w: _fork(w, listener, Path(folder), timeout, lambda s, w: function(s, w, num_workers, *args))
             for w in range(num_workers)
         }
+        store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout),
+            master_listen_fd=listener.detach(),
+        )
         failures = _wait(pids, time.monotonic() + timeout, Path(folder))
+        del store
         results: dict[int, Any] = {}
         for worker in pids:
             path = Path(folder) / str(worker)
@@ -68,7 +78,11 @@ def run_world(num_workers: int, function: Callable[..., Any], *args: Any, timeou
 
 
 def _fork(
-    worker: int, port: int, folder: Path, timeout: float, function: Callable[[dist.Store, int], Any]
+    worker: int,
+    listener: socket.socket,
+    folder: Path,
+    timeout: float,
+    function: Callable[[dist.Store, int], Any],
 ) -> int:
     pid = os.fork()
     if pid:
@@ -77,6 +91,8 @@ def _fork(
     code = 1
     try:
         torch.set_num_threads(1)
+        port = listener.getsockname()[1]
+        listener.close()
         stack = open(folder / f"{worker}.stack", "w")  # noqa: SIM115 - faulthandler writes to it later
         faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))

@@ -21,7 +21,6 @@ import jinja2
 from benchmarks.common import RESULTS
 
 HERE = Path(__file__).resolve().parent
-NOT_BENCHMARKS = {"__init__", "__main__", "common"}
 
 PAGE = """\
 # Results
@@ -83,7 +82,9 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names to run (shell pattern)")
     parser.add_argument("--page", action="store_true", help="run nothing, only make RESULTS.md")
     options = parser.parse_args()
-    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NOT_BENCHMARKS)
+    # The other files here are parts that benchmarks share.
+    scripts = (path for path in HERE.glob("*.py") if path.stem != "__main__")
+    names = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text())
     chosen = [n for n in names if fnmatch.fnmatch(n, options.only) and "gpu" not in n.split("_")]
     if not options.page and not chosen:
         parser.error(f"no benchmark matches {options.only!r} (there are: {', '.join(names)})")

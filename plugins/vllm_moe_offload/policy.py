@@ -43,10 +43,6 @@ class EvictionPolicy(ABC):
         """
         self.layer = layer
 
-    def on_access(self, key: int, hit: bool) -> None:
-        """The expert ``key`` was requested and ``hit`` says whether it was resident."""
-        self.on_accesses(np.asarray([key], dtype=np.int64))
-
     def on_accesses(self, keys: npt.NDArray[np.int64]) -> None:
         """Distinct experts of one layer were requested, in this order."""
         self._last_access[keys] = np.arange(self._now, self._now + len(keys))

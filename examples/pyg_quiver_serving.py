@@ -39,7 +39,8 @@ def main() -> None:
     store.put_tensor(torch.randn(NODES, FEATURES), group_name=None, attr_name="x", index=None)
 
     model = GraphSAGE(FEATURES, 64, num_layers=2, out_channels=8).eval()
-    with InferenceEngine(model, store, QuiverSampler(topology, FANOUTS), deadline_ms=5_000) as engine:
+    sampler = QuiverSampler(topology, FANOUTS)
+    with InferenceEngine(model, store, sampler, deadline_ms=5_000, max_batch_psgs=1_000) as engine:
         futures = [engine.submit(torch.randint(0, NODES, (4,), generator=generator)) for _ in range(200)]
         responses = [future.result() for future in futures]
         print(engine.stats())

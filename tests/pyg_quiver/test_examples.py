@@ -40,4 +40,6 @@ def test_qv11_serving_example_answers_every_request():
     out = run("pyg_quiver_serving.py")
     assert "completed=200" in out
     served = float(out.split("served ")[1].split()[0])
-    assert served > 0.25  # rows chosen at random would serve 0.2
+    # Rows chosen at random would serve 0.2. A batch reads a hot row once however many requests want it, so
+    # the share depends on how much work a batch may hold, which the example bounds.
+    assert served > 0.5

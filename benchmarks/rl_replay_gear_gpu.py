@@ -164,10 +164,16 @@ def graphed_bits() -> dict[str, Any]:
             chosen = table.select(Uniform(), 65, generator=CounterGenerator(8, step))
             replayed, eager = collect(chosen), table.collect(chosen, windows, device=DEVICE)
             for name in eager:
-                same = torch.equal(replayed[name], eager[name])
-                if not same or not torch.equal(replayed.timesteps[name], eager.timesteps[name]):
+                pairs = (
+                    (replayed[name], eager[name]),
+                    (replayed.mask[name], eager.mask[name]),
+                    (replayed.timesteps[name], eager.timesteps[name]),
+                )
+                if not all(torch.equal(a, b) for a, b in pairs):
                     return {"ok": False, "memory": memory, "column": name, "step": step}
-                compared += 1
+                compared += len(pairs)
+            if replayed.bytes_read != eager.bytes_read or not torch.equal(replayed.handles, chosen.handles):
+                return {"ok": False, "memory": memory, "step": step, "what": "handles or bytes"}
             block = random_steps(DT_COLUMNS, 30 + step, torch.Generator().manual_seed(step))
             table.write(block)
     return {"ok": True, "tensors": compared}

@@ -4,8 +4,8 @@
 
 PATH is the Python of an environment with Reverb (see rl_replay_gear_reverb_peer.py); it has a TensorFlow of
 its own, so it cannot share this one's. Both hold the same number of trajectories of 1000 steps of 97 bytes;
-Reverb has an item for every window. CPU seconds of all processes count on both sides; turns alternate. Writes
-rl_replay_gear_reverb.json.
+Reverb has an item for every window. CPU seconds of all processes count on both sides; turns of some seconds
+alternate. Writes rl_replay_gear_reverb.json after every case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rl_replay_gear import Uniform, Window
 from rl_replay_gear.randomness import CounterGenerator
 
 PEER = Path(__file__).with_name("rl_replay_gear_reverb_peer.py")
-CASES = ((20, 256, 100), (20, 2048, 12), (STEPS, 64, 100))
+CASES = ((20, 256, 8), (20, 2048, 1), (STEPS, 64, 8))  # length, batch, and batches asked for at once
 
 
 class Reverb:
@@ -44,13 +44,16 @@ class Reverb:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def take(self, batches: int) -> tuple[float, float]:
-        """CPU and wall seconds of ``batches`` batches."""
+    def take(self, batches: int, seconds: float) -> tuple[float, float, int]:
+        """CPU and wall seconds of ``batches`` batches, again until ``seconds`` are over; and their number."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{batches}\n")
-        self.process.stdin.flush()
-        cpu, wall = map(float, self._line().split())
-        return cpu, wall
+        used = [0.0, 0.0, 0]
+        while used[1] < seconds:
+            self.process.stdin.write(f"{batches}\n")
+            self.process.stdin.flush()
+            cpu, wall = map(float, self._line().split())
+            used = [used[0] + cpu, used[1] + wall, used[2] + batches]
+        return used[0], used[1], int(used[2])
 
     def close(self) -> None:
         """End it and its server."""
@@ -60,7 +63,14 @@ class Reverb:
 
 
 def measure(
-    python: Path, *, trajectories: int, length: int, batch: int, calls: int, repeats: int
+    python: Path,
+    *,
+    trajectories: int,
+    length: int,
+    batch: int,
+    calls: int,
+    repeats: int,
+    seconds: float,
 ) -> tuple[dict[str, list[float]], Headline]:
     table, selector = ours(trajectories, trajectory()), Uniform()
     window, anchor = Window(length, 0, "head"), "uniform" if length < STEPS else "start"
@@ -68,25 +78,30 @@ def measure(
 
     def gear() -> tuple[float, float]:
         begin, used = time.perf_counter(), time.process_time()
-        for _ in range(5 * calls):
+        for _ in range(50 * calls):
             generator: Any = CounterGenerator(1, next(counter))
             chosen = table.select(selector, batch, anchor=anchor, generator=generator)  # type: ignore[arg-type]
             table.collect(chosen, window)["obs"]
-        return (time.process_time() - used) / 5, (time.perf_counter() - begin) / 5
+        return (time.process_time() - used) / (50 * calls), (time.perf_counter() - begin) / (50 * calls)
 
     peer = Reverb(python, trajectories, length, batch)
+
+    def reverb() -> tuple[float, float]:
+        cpu, wall, taken = peer.take(calls, seconds)
+        return cpu / taken, wall / taken
+
     try:
-        gear(), peer.take(calls)
-        turns = [(gear(), peer.take(calls)) for _ in range(repeats)]
+        gear(), reverb()
+        turns = [(gear(), reverb()) for _ in range(repeats)]
     finally:
         peer.close()
     label = f"L={length}, B={batch}"
     ratios = sorted(theirs[0] / mine[0] for mine, theirs in turns)
-    nbytes = batch * length * STEP_BYTES * calls
+    nbytes = batch * length * STEP_BYTES
     rates = [nbytes / median(turn[arm][0] for turn in turns) / 1e9 for arm in (0, 1)]
     note = f"{rates[0]:.2f} against {rates[1]:.3f} GB per CPU second"
     samples = {
-        f"{label}: {arm}, {clock} s a call": [turn[i][j] / calls for turn in turns]
+        f"{label}: {arm}, {clock} s a call": [turn[i][j] for turn in turns]
         for i, arm in enumerate(("gear", "Reverb"))
         for j, clock in enumerate(("CPU", "wall"))
     }
@@ -102,6 +117,7 @@ def main() -> int:
     parser.add_argument("--reverb-python", type=Path, required=True)
     parser.add_argument("--trajectories", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one turn of Reverb")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -111,7 +127,7 @@ def main() -> int:
     for length, batch, calls in CASES:
         found, row = measure(
             options.reverb_python, trajectories=options.trajectories, length=length, batch=batch,
-            calls=calls, repeats=options.repeats,
+            calls=calls, repeats=options.repeats, seconds=options.seconds,
         )  # fmt: skip
         samples |= found
         headline.append(row)

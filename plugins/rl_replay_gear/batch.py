@@ -29,7 +29,7 @@ class Segments:
         """int64 [B, L], the step's number in its trajectory, 0 where padded."""
         relative = torch.arange(self.length, device=self.bounds.device) - self.bounds[2, :, None]
         inside = (relative >= 0) & (relative < self.bounds[1, :, None])
-        return torch.where(inside, relative + self.bounds[3, :, None], 0)
+        return (relative + self.bounds[3, :, None]) * inside
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,14 @@ class TrajectoryBatch(Mapping[str, Tensor]):
         if self._weight.device != self.device:
             self._weight = self._weight.to(self.device, non_blocking=True)
         return self._weight
+
+    def refilled(self, selection: Selection) -> TrajectoryBatch:
+        """The batch that ``selection`` has left in this one's memory; views, masks and timesteps made so far
+        are kept.
+        """
+        batch = TrajectoryBatch(self.parts, selection, self._row_counts, self.buffers)
+        batch._views, batch.mask, batch.timesteps = self._views, self.mask, self.timesteps
+        return batch
 
     def to(self, device: torch.device | str) -> TrajectoryBatch:
         """The same batch on another device; gathered rows move once, not once a column."""

@@ -36,6 +36,7 @@ class Read:
     fields: tuple[Field, ...]  # offsets relative to the first byte read
     group: int
     first_word: int
+    segment: int  # position in the plan's segments
 
     @property
     def row_bytes(self) -> int:
@@ -83,7 +84,7 @@ def plan_reads(
 ) -> ReadPlan:
     """Group the subscribed columns by row group and window; read only the bytes they span."""
     reads: list[Read] = []
-    segments: dict[tuple[Window, bool], None] = {}
+    segments: dict[tuple[Window, bool], int] = {}
     for number, (group, words) in enumerate(zip(groups, storage, strict=True)):
         by_window: dict[Window, list[Field]] = {}
         for field in group.fields:
@@ -103,9 +104,9 @@ def plan_reads(
                     tuple(Field(field.column, field.offset - low) for field in fields),
                     number,
                     low // WORD,
+                    segments.setdefault((window, group.final), len(segments)),
                 )
             )
-            segments.setdefault((window, group.final))
     return ReadPlan(tuple(reads), tuple(segments), tuple(windows))
 
 
@@ -125,24 +126,25 @@ def collect_batch(
     ``out``: one int64 tensor [B, L, W] a read, in the order of ``plan.reads``, to be filled instead of those
     of ``pool`` (on the CPU) or new ones.
     """
-    bounds: dict[tuple[Window, bool], tuple[Tensor, Segments]] = {}
-    anchors = selection.anchors.numpy()
-    for window, final in plan.segments:
-        pinned = device.type == "cuda"
-        host = segment_bounds(index, slots, anchors, window, final=final, pinned=pinned)
-        there = host if device.type == "cpu" else host.to(device, non_blocking=True)
-        bounds[window, final] = host, Segments(there, window.length)
+    # One transfer, however many windows there are.
+    shape = (len(plan.segments), 4, len(slots))
+    near = torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    fill_plan(plan, index, slots, selection.anchors.numpy(), near)
+    hosts = near.unbind()
+    theirs = hosts if device.type == "cpu" else near.to(device, non_blocking=True).unbind()
+    segments = [
+        Segments(bounds, window.length) for bounds, (window, _) in zip(theirs, plan.segments, strict=True)
+    ]
     buffers: list[Tensor] = []
     for position, read in enumerate(plan.reads):
-        host, segments = bounds[read.window, read.final]
         into = None if out is None else out[position]
         if into is None and device.type == "cpu":
             into = pool.empty(len(slots), read.window.length, read.source.shape[1])
-        buffers.append(gather_windows(read, host, segments, device=device, backend=backend, out=into))
-    return assemble_batch(
-        plan, [segments for _, segments in bounds.values()], buffers, selection,
-        counts=[host[1] for host, _ in bounds.values()],
-    )  # fmt: skip
+        which = read.segment
+        buffers.append(
+            gather_windows(read, hosts[which], segments[which], device=device, backend=backend, out=into)
+        )
+    return assemble_batch(plan, segments, buffers, selection, counts=[host[1] for host in hosts])
 
 
 def assemble_batch(
@@ -157,53 +159,39 @@ def assemble_batch(
 
     ``counts``: steps of each window, one tensor a plan segment, where they are nearer than in ``segments``.
     """
-    of = {
-        key: part if isinstance(part, Segments) else Segments(part, key[0].length)
-        for key, part in zip(plan.segments, segments, strict=True)
-    }
-    near = dict(zip(plan.segments, counts, strict=True)) if counts is not None else None
+    of = [
+        part if isinstance(part, Segments) else Segments(part, window.length)
+        for (window, _), part in zip(plan.segments, segments, strict=True)
+    ]
+    near = [part.bounds[1] for part in of] if counts is None else counts
     parts: dict[str, Part] = {}
     row_counts = []
     for read, tensor in zip(plan.reads, words, strict=True):
-        key = read.window, read.final
-        row_counts.append((of[key].bounds[1] if near is None else near[key], read.row_bytes))
+        row_counts.append((near[read.segment], read.row_bytes))
         for field in read.fields:
-            parts[field.column.name] = Part(tensor, field.offset, field.column, of[key])
+            parts[field.column.name] = Part(tensor, field.offset, field.column, of[read.segment])
     if len(plan.order) > 1:
         parts = {name: parts[name] for name in plan.order}
     return TrajectoryBatch(parts, selection, row_counts, words)
 
 
-def segment_bounds(
-    index: SlotIndex,
-    slots: np.ndarray,
-    anchors: np.ndarray,
-    window: Window,
-    *,
-    final: bool,
-    pinned: bool = False,
-) -> Tensor:
-    """First row, count, shift and first step of each slot's window: int64 [4, B] on the CPU."""
-    bounds = torch.empty((4, len(slots)), dtype=torch.int64, pin_memory=pinned)
-    fill_bounds(index, slots, anchors, window, final=final, out=bounds.numpy())
-    return bounds
+def fill_plan(plan: ReadPlan, index: SlotIndex, slots: np.ndarray, anchors: np.ndarray, out: Tensor) -> None:
+    """The segments of each slot's windows into ``out``, int64 [plan segments, 4, B] on the CPU.
 
-
-def fill_bounds(
-    index: SlotIndex, slots: np.ndarray, anchors: np.ndarray, window: Window, *, final: bool, out: np.ndarray
-) -> None:
-    """``segment_bounds`` into ``out`` int64 [4, B]."""
-    loops.window_segments(
-        slots,
-        anchors,
-        index.start,
-        index.length,
-        int(final),
-        window.offset,
-        window.length,
-        window.pad_code,
-        out,
-    )
+    A segment is the first row, the number of rows, their position in the window, and the first step.
+    """
+    for bounds, (window, final) in zip(out.numpy(), plan.segments, strict=True):
+        loops.window_segments(
+            slots,
+            anchors,
+            index.start,
+            index.length,
+            int(final),
+            window.offset,
+            window.length,
+            window.pad_code,
+            bounds,
+        )
 
 
 def gather_windows(
@@ -243,7 +231,10 @@ def gather_on_gpu(
     fill = read.fill_on(device)
     from tiered_memory import gather_segments, kernels, peer_access
 
-    in_reach = all(not source.is_cuda or peer_access(device.index, source.device.index) for source in sources)
+    in_reach = all(
+        source.device == device or not source.is_cuda or peer_access(device.index, source.device.index)
+        for source in sources
+    )
     if backend == "torch" or not in_reach or len(first) == 0:
         return gather_segments(sources, first, count, shift, length, fill=fill, out=out, backend=backend)
     if out is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rl_replay_gear import loops
 from rl_replay_gear.batch import TrajectoryBatch
-from rl_replay_gear.collect import Backend, Read, Windows, assemble_batch, segment_bounds
+from rl_replay_gear.collect import Backend, Read, Windows, assemble_batch, fill_plan
 from rl_replay_gear.randomness import Generator
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Selector
@@ -102,14 +102,10 @@ class ColdTable:
         if stale:
             raise RuntimeError(f"{stale} of {len(slots)} handles are stale: select again")
         plan = self.table.plan(windows, columns)
-        anchors = selection.anchors.numpy()
-        bounds = [
-            segment_bounds(self.table.index, slots, anchors, window, final=final)
-            for window, final in plan.segments
-        ]
-        by_segment = dict(zip(plan.segments, bounds, strict=True))
-        words = [self._read(read, by_segment[read.window, read.final]) for read in plan.reads]
-        batch = assemble_batch(plan, bounds, words, selection)
+        bounds = torch.empty((len(plan.segments), 4, len(slots)), dtype=torch.int64)
+        fill_plan(plan, self.table.index, slots, selection.anchors.numpy(), bounds)
+        words = [self._read(read, bounds[read.segment]) for read in plan.reads]
+        batch = assemble_batch(plan, list(bounds.unbind()), words, selection)
         return batch if device is None else batch.to(device)
 
     def promote(self, handles: Any, into: TrajectoryTable) -> Tensor:

@@ -18,9 +18,9 @@ from rl_replay_gear.collect import (
     Backend,
     ReadPlan,
     assemble_batch,
+    fill_plan,
     gather_on_gpu,
     gather_windows,
-    segment_bounds,
 )
 from rl_replay_gear.communicator import Communicator
 from rl_replay_gear.loops import GENERATION_BITS, SLOT_BITS
@@ -82,13 +82,10 @@ class Exchange(ABC):
             part.numpy()[self._held(selection, process)] for part in selection.of(self.dp_ranks[process])
         )
         slots, _ = self.table.index.locate(np.ascontiguousarray(handles))
-        return [
-            segment_bounds(
-                self.table.index, slots, np.ascontiguousarray(anchors), window, final=final,
-                pinned=self.comm.device.type == "cuda",
-            )
-            for window, final in plan.segments
-        ]  # fmt: skip
+        shape = (len(plan.segments), 4, len(slots))
+        bounds = torch.empty(shape, dtype=torch.int64, pin_memory=self.comm.device.type == "cuda")
+        fill_plan(plan, self.table.index, slots, np.ascontiguousarray(anchors), bounds)
+        return list(bounds.unbind())
 
     def _held(self, selection: GlobalSelection, process: int) -> np.ndarray:
         handles, _ = selection.of(self.dp_ranks[process])
@@ -198,6 +195,7 @@ class Mapped(Exchange):
     ) -> None:
         super().__init__(table, comm, dp_ranks, stages)
         self.shards = shards
+        self.on_device = shards[comm.rank][0].is_cuda
 
     def collect(
         self,
@@ -208,11 +206,10 @@ class Mapped(Exchange):
     ) -> TrajectoryBatch:
         """See ``Exchange.collect``."""
         plan = plans[self.stages[self.comm.rank]]
+        near = self._reader(target)
+        if self.on_device:  # what this process has written must be there before a peer reads it
+            torch.cuda.synchronize(near)
         bounds = self._exchange_bounds(selection, plan, plans)
-        if self.shards[0][0].is_cuda:
-            near = self.shards[self.comm.rank][0].device
-        else:
-            near = target
         there = [tensor.to(near, non_blocking=True) for tensor in bounds]
         by_segment = dict(zip(plan.segments, there, strict=True))
         owner = (selection.handles >> SHARD_SHIFT).to(near)
@@ -223,6 +220,13 @@ class Mapped(Exchange):
             torch.cuda.current_stream(near).synchronize()
         self.comm.barrier()  # no shard may be overwritten while a peer still reads it
         return self._batch(selection, plan, there, words, target)
+
+    def _reader(self, target: torch.device) -> torch.device:
+        """What gathers the rows: the GPU where it reaches all of them, else the CPU."""
+        if self.on_device:
+            return self.shards[self.comm.rank][0].device
+        reachable = all(words.is_pinned() for storage in self.shards for words in storage)
+        return target if target.type == "cpu" or reachable else torch.device("cpu")
 
     def _exchange_bounds(
         self, selection: GlobalSelection, plan: ReadPlan, plans: Mapping[int, ReadPlan]
@@ -299,7 +303,7 @@ def shard_facts(table: TrajectoryTable, wish: str) -> dict[str, Any]:
 
         torch.cuda.synchronize(table.storage[0].device)
         facts["handles"] = [reduce_tensor(words) for words in table.storage]
-        facts["gpu"] = table.storage[0].device.index
+        facts["gpu"] = _gpu_name(table.storage[0].device.index)
     return facts
 
 
@@ -319,14 +323,19 @@ def map_shards(
     return shards
 
 
+def _gpu_name(number: int) -> str:
+    return str(torch.cuda.get_device_properties(number).uuid)
+
+
 def _open_device_shard(table: TrajectoryTable, fact: Mapping[str, Any]) -> list[Tensor]:
     here = table.storage[0].device
-    if fact["gpu"] >= torch.cuda.device_count() or not torch.cuda.can_device_access_peer(
-        here.index, fact["gpu"]
-    ):
+    # The number of a GPU depends on what each process is allowed to see; its UUID does not.
+    seen = {_gpu_name(number): number for number in range(torch.cuda.device_count())}
+    owner = seen.get(fact["gpu"])
+    if owner is None or (owner != here.index and not torch.cuda.can_device_access_peer(here.index, owner)):
         raise RuntimeError(
-            f"{here} cannot read the memory of GPU {fact['gpu']}: every process must see all GPUs of the "
-            "host, in one order, and they must be peers; use exchange='all_to_all'"
+            f"{here} cannot read the memory of the GPU {fact['gpu']}: every process must see all GPUs of the "
+            "host, and they must be peers; use exchange='all_to_all'"
         )
     shard = []
     for rebuild, arguments in fact["handles"]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rl_replay_gear.batch import Segments, TrajectoryBatch
-from rl_replay_gear.collect import Windows, assemble_batch, fill_bounds, gather_on_gpu
+from rl_replay_gear.batch import TrajectoryBatch
+from rl_replay_gear.collect import Windows, assemble_batch, fill_plan, gather_on_gpu
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.table import TrajectoryTable
 
@@ -17,8 +17,9 @@ from rl_replay_gear.table import TrajectoryTable
 class GraphedCollect:
     """``collect`` of batches of one size from pinned or device memory, without its host work.
 
-    Calls take turns over ``buffers`` sets of memory: a batch is valid until as many later calls. It has the
-    bits that ``table.collect`` gives.
+    A call is one transfer of segments and one launch, however many columns, windows and masks there are:
+    masks and timesteps come with the rows. Calls take turns over ``buffers`` sets of memory: a batch is valid
+    until as many later calls. It has the bits that ``table.collect`` gives.
 
     Args:
         table: A table in pinned or device memory.
@@ -56,45 +57,55 @@ class GraphedCollect:
         """The batch of a selection, on ``device``."""
         if len(selection) != self.batch_size:
             raise ValueError(f"this graph takes selections of {self.batch_size}, got {len(selection)}")
-        host, there, words, graph, done = self._sets[self._calls % len(self._sets)]
+        turn = self._sets[self._calls % len(self._sets)]
         with self.table.lock:
             slots, stale = self.table.index.locate(selection.handles.numpy())
             if stale:
                 raise RuntimeError(f"{stale} of {len(slots)} handles are stale: select again")
             self._calls += 1
-            done.synchronize()  # the copy from `host` of this set's last turn
-            self._fill(host, slots, selection.anchors.numpy())
-            there.copy_(host, non_blocking=True)
-            done.record()
-            graph.replay()
+            turn.sent.synchronize()  # its last transfer may still read `host`
+            fill_plan(self.plan, self.table.index, slots, selection.anchors.numpy(), turn.host)
+            turn.there.copy_(turn.host, non_blocking=True)
+            turn.sent.record()
+            turn.graph.replay()
             self.table.note_reading()
-        return assemble_batch(self.plan, list(there.unbind()), words, selection, counts=list(host.unbind()))
+        return turn.batch.refilled(selection)
 
-    def _fill(self, host: Tensor, slots: np.ndarray, anchors: np.ndarray) -> None:
-        for bounds, (window, final) in zip(host.numpy(), self.plan.segments, strict=True):
-            fill_bounds(self.table.index, slots, anchors, window, final=final, out=bounds)
-
-    def _captured(self) -> tuple[Tensor, Tensor, list[Tensor], torch.cuda.CUDAGraph, torch.cuda.Event]:
+    def _captured(self) -> _Set:
         shape = (len(self.plan.segments), 4, self.batch_size)
         host = torch.zeros(shape, dtype=torch.int64, pin_memory=True)
         there = host.to(self.device)
-        segments = {
-            key: Segments(bounds, key[0].length)
-            for key, bounds in zip(self.plan.segments, there.unbind(), strict=True)
-        }
+        bounds = there.unbind()
+        nobody = torch.zeros(self.batch_size, dtype=torch.int64)
 
-        def gather(out: list[Tensor] | None) -> list[Tensor]:
-            return [
+        def collect(out: Sequence[Tensor] | None) -> TrajectoryBatch:
+            words = [
                 gather_on_gpu(
-                    read, [read.source], segments[read.window, read.final].bounds, backend="auto",
+                    read, [read.source], bounds[read.segment], backend="auto",
                     out=None if out is None else out[position],
                 )
                 for position, read in enumerate(self.plan.reads)
             ]  # fmt: skip
+            selection = Selection(nobody, nobody, nobody.double())
+            batch = assemble_batch(self.plan, bounds, words, selection, counts=[part[1] for part in host])
+            for name in batch:  # masks and timesteps are made when they are read: read them here
+                batch[name], batch.mask[name], batch.timesteps[name]
+            return batch
 
-        words = gather(None)  # also compiles the kernels and copies the padding, which no graph may do
+        first = collect(None)  # also compiles the kernels and copies the padding, which no graph may do
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         with torch.cuda.graph(graph):
-            gather(words)
-        return host, there, words, graph, torch.cuda.Event()
+            batch = collect(first.buffers)
+        return _Set(host, there, batch, graph, torch.cuda.Event())
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Memory of one turn: segments on both sides, the batch that the graph fills, the last transfer's end."""
+
+    host: Tensor
+    there: Tensor
+    batch: TrajectoryBatch
+    graph: torch.cuda.CUDAGraph
+    sent: torch.cuda.Event

@@ -35,7 +35,7 @@ def import_minari(
     """A table of the episodes of a ``minari.MinariDataset`` (or its id, if it is on disk).
 
     Columns ``observations`` (final), ``actions``, ``rewards`` (float32), ``terminations``, ``truncations``;
-    dict spaces become ``observations.key``.
+    dict and tuple spaces become ``observations.key`` and ``observations.0``.
 
     Args:
         dataset: The data set or its id.
@@ -61,8 +61,8 @@ def import_minari(
 
 
 def _flatten(prefix: str, value: Any, out: dict[str, Any]) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
+    if isinstance(value, Mapping | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             _flatten(f"{prefix}.{key}", item, out)
     else:
         out[prefix] = value

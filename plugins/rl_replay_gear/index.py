@@ -127,6 +127,11 @@ class SlotIndex:
             self._at_max = int((live == live.max()).sum())
         return self._max_priority
 
+    def handle(self, slot: int) -> int:
+        """Handle of a slot; see ``handles``."""
+        high = (self.shard << loops.GENERATION_BITS) | int(self.generation[slot])
+        return (high << loops.SLOT_BITS) | slot
+
     def handles(self, slots: np.ndarray) -> np.ndarray:
         """Handles of slots: int64 = shard (12 bits) | generation (20) | slot (31)."""
         out = np.empty(len(slots), np.int64)

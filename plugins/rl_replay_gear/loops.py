@@ -209,6 +209,32 @@ def tree_update(
 
 
 @njit(cache=True, nogil=True)
+def first_bad_leaf(index: np.ndarray, weight: np.ndarray, capacity: int) -> int:
+    """Position of the first leaf outside the tree or weight that is not finite and >= 0; -1 if none."""
+    for i in range(index.shape[0]):
+        if not (0 <= index[i] < capacity and 0.0 <= weight[i] < np.inf):
+            return i
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def priority_weights(
+    slots: np.ndarray,
+    priority: np.ndarray,
+    alpha: float,
+    length: np.ndarray,
+    over_steps: bool,
+    out: np.ndarray,
+) -> None:
+    """``p^alpha`` of each slot, times its length if ``over_steps``; 0 where p is 0, which is never drawn."""
+    for i in range(slots.shape[0]):
+        p = np.float64(priority[slots[i]])
+        out[i] = p**alpha if p > 0.0 else 0.0
+        if over_steps:
+            out[i] *= length[slots[i]]
+
+
+@njit(cache=True, nogil=True)
 def tree_rebuild(values: np.ndarray, minima: np.ndarray, offsets: np.ndarray, fanout: int) -> None:
     """Recompute every sum and positive minimum, with the same arithmetic as ``tree_update``."""
     for level in range(1, offsets.shape[0]):
@@ -315,7 +341,29 @@ def make_handles_numpy(slots: np.ndarray, generation: np.ndarray, shard: int, ha
     handles[:] = (shard << (SLOT_BITS + GENERATION_BITS)) | (generation[slots] << SLOT_BITS) | slots
 
 
+def first_bad_leaf_numpy(index: np.ndarray, weight: np.ndarray, capacity: int) -> int:
+    """The twin of ``first_bad_leaf``."""
+    good = (index >= 0) & (index < capacity) & (weight >= 0.0) & (weight < np.inf)
+    return -1 if good.all() else int(np.argmin(good))
+
+
+def priority_weights_numpy(
+    slots: np.ndarray,
+    priority: np.ndarray,
+    alpha: float,
+    length: np.ndarray,
+    over_steps: bool,
+    out: np.ndarray,
+) -> None:
+    """The twin of ``priority_weights``."""
+    p = priority[slots].astype(np.float64)
+    out[:] = np.where(p > 0.0, p**alpha, 0.0)
+    if over_steps:
+        out *= length[slots]
+
+
 if not COMPILED:
+    first_bad_leaf, priority_weights = first_bad_leaf_numpy, priority_weights_numpy
     counter_uniforms = counter_uniforms_numpy
     locate, window_segments = locate_numpy, window_segments_numpy
     uniform_anchors, make_handles = uniform_anchors_numpy, make_handles_numpy

@@ -76,27 +76,33 @@ class PrefixSumTree:
         since checking would wait for the device.
         """
         if self.device.type == "cpu":
-            self._check(index, weight)
-        if index.numel() == 0:
-            return
-        if index.numel() * _REBUILD_SHARE > self.capacity:
+            self.update_array(index.numpy(), weight.numpy())
+        elif index.numel() * _REBUILD_SHARE > self.capacity:
             self._values[index] = weight
             self._rebuild()
-        elif self._compiled:
-            loops.tree_update(
-                self._values_np,
-                self._minima_np,
-                self._offsets_np,
-                self.fanout,
-                index.numpy(),
-                weight.numpy(),
-            )
-        elif self.device.type == "cuda":
+        elif self.device.type == "cuda" and index.numel():
             from rl_replay_gear import kernels
 
             kernels.tree_update(self._values, self._minima, self._offsets, self.fanout, index, weight)
         else:
             self._update_torch(index, weight)
+
+    def update_array(self, index: np.ndarray, weight: np.ndarray) -> None:
+        """``update`` of a tree on the CPU, for arrays."""
+        bad = loops.first_bad_leaf(index, weight, self.capacity)
+        if bad >= 0:
+            if 0 <= index[bad] < self.capacity:
+                raise ValueError(f"weights must be finite and >= 0; index {bad} is {float(weight[bad])}")
+            raise IndexError(f"leaf {int(index[bad])} is outside 0..{self.capacity - 1}")
+        if len(index) == 0:
+            return
+        if len(index) * _REBUILD_SHARE > self.capacity:
+            self._values.numpy()[index] = weight
+            self._rebuild()
+        elif self._compiled:
+            loops.tree_update(self._values_np, self._minima_np, self._offsets_np, self.fanout, index, weight)
+        else:
+            self._update_torch(torch.from_numpy(index), torch.from_numpy(weight))
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Leaves at the quantiles ``u``: float64 [k] in [0, 1) -> (int64 [k], their weights float64 [k]).
@@ -162,13 +168,3 @@ class PrefixSumTree:
             here = self._offsets[level]
             self._values[here : here + size] = children.sum(1)
             self._minima[here - self._offsets[1] : here - self._offsets[1] + size] = smallest
-
-    def _check(self, index: Tensor, weight: Tensor) -> None:
-        bad = ~(torch.isfinite(weight) & (weight >= 0))
-        if bool(bad.any()):
-            i = int(bad.nonzero()[0])
-            raise ValueError(f"weights must be finite and >= 0; index {i} is {float(weight[i])}")
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.capacity):
-            raise IndexError(
-                f"leaf {int(index.max())} or {int(index.min())} is outside 0..{self.capacity - 1}"
-            )

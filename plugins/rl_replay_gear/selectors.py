@@ -235,7 +235,7 @@ class _LengthWeights:
         self.set(slots, index.length[slots].astype(np.float64))
 
     def set(self, slots: np.ndarray, weights: np.ndarray) -> None:
-        self.tree.update(torch.from_numpy(slots), torch.from_numpy(weights))
+        self.tree.update_array(slots, weights)
 
     def draw(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         slots, weight = self.tree.draw(torch.from_numpy(u))
@@ -375,14 +375,18 @@ class Prioritized(Drawn):
 
     def updated(self, slots: np.ndarray) -> None:
         """See ``Selector.updated``."""
-        priority = self.index.priority[slots].astype(np.float64)
-        weights = np.where(priority > 0, priority**self.alpha, 0.0)  # a priority of 0 is never drawn
-        if self.over == "steps":
-            weights *= self.index.length[slots]
+        weights = np.empty(len(slots), np.float64)
+        loops.priority_weights(
+            slots, self.index.priority, self.alpha, self.index.length, self.over == "steps", weights
+        )
         self._set(slots, weights)
 
     def _set(self, slots: np.ndarray, weights: np.ndarray) -> None:
-        self.tree.update(torch.from_numpy(slots).to(self.device), torch.from_numpy(weights).to(self.device))
+        if self.device.type == "cpu":
+            self.tree.update_array(slots, weights)
+        else:
+            index, weight = torch.from_numpy(slots), torch.from_numpy(weights)
+            self.tree.update(index.to(self.device), weight.to(self.device))
 
 
 def _checked_over(over: str) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,7 +108,12 @@ class TableSpec:
         if self.max_trajectories > 2**31:
             raise ValueError(f"max_trajectories={self.max_trajectories} is more than 2**31 slots")
 
-    @property
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the written columns."""
+        return tuple(column.name for column in self.columns)
+
+    @cached_property
     def all_columns(self) -> tuple[ColumnSpec, ...]:
         """The written columns, then the derived ones."""
         given = {column.name: column for column in self.columns}
@@ -123,7 +129,7 @@ class TableSpec:
         """Rows the table allocates: a trajectory with a final column takes one row more than its steps."""
         return self.max_steps + (self.max_trajectories if self.has_final else 0)
 
-    @property
+    @cached_property
     def has_final(self) -> bool:
         """Whether any column has a row more than the trajectory has steps."""
         return any(column.final for column in self.columns)

@@ -20,6 +20,7 @@ from rl_replay_gear.collect import Backend, ReadPlan, Windows, collect_batch, pl
 from rl_replay_gear.index import SlotIndex
 from rl_replay_gear.limiter import RateLimiter
 from rl_replay_gear.memory import BufferPool, Memory, allocate_rows, resolve_memory
+from rl_replay_gear.packing import RowPacker
 from rl_replay_gear.randomness import Generator, uniforms
 from rl_replay_gear.selection import Selection
 from rl_replay_gear.selectors import Fifo, Selector
@@ -88,6 +89,10 @@ class TrajectoryTable:
             for group, words in zip(self.groups, self.storage, strict=True)
             for field in group.fields
         }
+        self._packers = [
+            RowPacker(group, words, self._views)
+            for group, words in zip(self.groups, self.storage, strict=True)
+        ]
         self._selectors: list[weakref.ref[Selector]] = []
         self._pool = BufferPool()
         self._retired: deque[int] = deque()
@@ -201,7 +206,7 @@ class TrajectoryTable:
             KeyError: stale handle or unknown column.
             ValueError: dtype or shape does not fit.
         """
-        self.spec.check_names(columns, among=[column.name for column in self.spec.columns])
+        self.spec.check_names(columns, among=self.spec.names)
         with self.lock:
             if self.read_only:
                 raise RuntimeError("this table was loaded with mmap=True and is read-only")
@@ -212,7 +217,7 @@ class TrajectoryTable:
                 if column.name in columns:
                     tensors[column.name] = _checked_column(column, columns[column.name], steps)
             given = {column.name: tensors[column.name] for column in self.spec.columns}
-            self._store(given, start, steps, only=set(columns))
+            self._store(given, start, steps)
 
     def remove(self, handle: int) -> None:
         """Take a trajectory out; KeyError for a stale handle."""
@@ -463,7 +468,7 @@ class TrajectoryTable:
             selector.inserted(changed)
         if self.limiter is not None:
             self.limiter.inserted()
-        return int(self.index.handles(changed)[0])
+        return self.index.handle(slot)
 
     def _make_room(self, rows: int, num_steps: int) -> int:
         if self.read_only:
@@ -495,15 +500,12 @@ class TrajectoryTable:
         )
         self.index.remove(slot)
 
-    def _store(
-        self, tensors: Mapping[str, Tensor], start: int, num_steps: int, only: set[str] | None = None
-    ) -> None:
+    def _store(self, tensors: Mapping[str, Tensor], start: int, num_steps: int) -> None:
+        derived = {item.name: item.compute(tensors) for item in self.spec.derived}
+        columns = {**tensors, **derived} if derived else tensors
         self._await_readers()
-        for column in self.spec.columns:
-            if only is None or column.name in only:
-                self._views[column.name][start : start + column.rows(num_steps)].copy_(tensors[column.name])
-        for derived in self.spec.derived:
-            self._views[derived.name][start : start + num_steps].copy_(derived.compute(tensors))
+        for packer in self._packers:
+            packer.pack(columns, start, num_steps + packer.final)
 
     def _select_counted(
         self, selector: Selector, batch_size: int, generator: Generator | None
@@ -543,14 +545,16 @@ def check_trajectory(
 ) -> tuple[dict[str, Tensor], int]:
     """Columns as tensors and the number of steps; raises as ``TrajectoryTable.write`` does."""
     given = spec.columns
-    if len(columns) != len(given) or any(column.name not in columns for column in given):
-        missing = [column.name for column in given if column.name not in columns]
+    if len(columns) != len(given) or not all(map(columns.__contains__, spec.names)):
+        missing = [name for name in spec.names if name not in columns]
         if missing:
             raise KeyError(f"missing columns: {', '.join(missing)}")
-        spec.check_names(columns, among=[column.name for column in given])
+        spec.check_names(columns, among=spec.names)
     steps = total
     if steps is None:
-        steps = len(columns[given[0].name]) - int(given[0].final)
+        first = columns[spec.names[0]]
+        rows = first.shape if isinstance(first, Tensor) else np.shape(first)
+        steps = (rows[0] if len(rows) else 1) - given[0].final
         if steps < 1:
             raise ValueError(f"trajectory of {steps} steps: at least 1 is needed")
         if steps > spec.max_steps:
@@ -574,7 +578,7 @@ def _check_priorities(values: np.ndarray) -> None:
 
 def _checked_column(column: ColumnSpec, value: Any, steps: int, trajectories: int = 1) -> Tensor:
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    rows = steps + trajectories * int(column.final)
+    rows = steps + trajectories * column.final
     if tensor.dtype != column.dtype or tensor.shape != (rows, *column.shape):
         expected = ", ".join(["n + 1" if column.final else "n", *map(str, column.shape)])
         raise ValueError(

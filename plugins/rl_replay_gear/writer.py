@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,16 +44,16 @@ class TrajectoryWriter:
             ValueError: a shape does not fit, a dtype loses information, or the trajectory grows past
                 ``max_steps``. The step is not added.
         """
-        self.sink.spec.check_names(step, among=self._columns)
-        missing = [name for name in self._columns if name not in step]
-        if missing:
+        if step.keys() != self._columns.keys():
+            self.sink.spec.check_names(step, among=self._columns)
+            missing = [name for name in self._columns if name not in step]
             raise KeyError(f"missing columns: {', '.join(missing)}")
         steps = self._steps[env]
         if steps.count >= self.sink.spec.max_steps:
             raise ValueError(
                 f"trajectory of {steps.count + 1} steps is longer than max_steps={self.sink.spec.max_steps}"
             )
-        steps.add({name: _step_value(column, step[name]) for name, column in self._columns.items()})
+        steps.add(step)
 
     def commit(self, env: int = 0, /, *, priority: float | None = None, **final: Any) -> Any:
         """Hand the trajectory to the sink; ``final`` holds the last row of each final column.
@@ -68,8 +69,7 @@ class TrajectoryWriter:
         missing = [name for name in wanted if name not in final]
         if missing:
             raise KeyError(f"missing final values: {', '.join(missing)}")
-        last = {name: _step_value(self._columns[name], final[name]) for name in wanted}
-        result = self.sink.write(steps.columns(last), priority=priority)
+        result = self.sink.write(steps.columns(final), priority=priority)
         steps.count = 0
         return result
 
@@ -83,41 +83,75 @@ class TrajectoryWriter:
 
 
 class _Steps:
-    """Growing buffers of one trajectory."""
+    """The trajectory under construction: a growing buffer for each column."""
 
     def __init__(self, columns: Mapping[str, ColumnSpec]) -> None:
         self.count = 0
-        self._buffers = {
-            name: torch.empty((_FIRST_STEPS, *column.shape), dtype=column.dtype)
-            for name, column in columns.items()
-        }
+        self._room = 0
+        self._buffers = {name: _Buffer(column) for name, column in columns.items()}
+        self._grow()
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        # One row is kept free for the value after the last step.
-        if self.count + 1 >= len(next(iter(self._buffers.values()))):
-            for name, buffer in self._buffers.items():
-                self._buffers[name] = torch.cat([buffer, torch.empty_like(buffer)])
-        for name, value in values.items():
-            self._buffers[name][self.count] = value
+    def add(self, values: Mapping[str, Any]) -> None:
+        if self.count + 1 >= self._room:  # one row is kept free for the value after the last step
+            self._grow()
+        for name, buffer in self._buffers.items():
+            buffer.put(self.count, values[name])
         self.count += 1
 
-    def columns(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out = {}
-        for name, buffer in self._buffers.items():
-            if name in last:
-                buffer[self.count] = last[name]
-                out[name] = buffer[: self.count + 1]
-            else:
-                out[name] = buffer[: self.count]
-        return out
+    def columns(self, last: Mapping[str, Any]) -> dict[str, Tensor]:
+        for name, value in last.items():
+            self._buffers[name].put(self.count, value)
+        return {name: buffer.rows[: self.count + int(name in last)] for name, buffer in self._buffers.items()}
+
+    def _grow(self) -> None:
+        self._room = max(_FIRST_STEPS, 2 * self._room)
+        for buffer in self._buffers.values():
+            buffer.grow(self._room)
+
+
+class _Buffer:
+    """Rows of one column. What a refused step has written past the last one is overwritten by the next."""
+
+    def __init__(self, column: ColumnSpec) -> None:
+        self._column = column
+        self.rows = torch.empty((0, *column.shape), dtype=column.dtype)
+        self._array: np.ndarray | None = None  # the same memory; NumPy has no bfloat16
+
+    def grow(self, count: int) -> None:
+        rows = torch.empty((count, *self._column.shape), dtype=self._column.dtype)
+        rows[: len(self.rows)] = self.rows
+        self.rows = rows
+        self._array = None if rows.dtype is torch.bfloat16 else rows.numpy()
+
+    def put(self, position: int, value: Any) -> None:
+        array = self._array
+        # The usual case first: an array or scalar of NumPy that has just the column's type and shape.
+        if (
+            array is not None
+            and isinstance(value, np.ndarray | np.generic)
+            and value.dtype == array.dtype
+            and value.shape == self._column.shape
+        ):
+            array[position] = value
+        else:
+            self.rows[position] = _step_value(self._column, value)
 
 
 def _step_value(column: ColumnSpec, value: Any) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    if isinstance(value, float):  # torch would round it to float32
+        tensor = torch.tensor(value, dtype=torch.float64)
+    else:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     fits = tensor.dtype == column.dtype or torch.can_cast(tensor.dtype, column.dtype)
     if tensor.shape != column.shape or not fits:
         raise ValueError(
             f"column {column.name!r}: expected one step {DTYPE_NAMES[column.dtype]} {list(column.shape)}, "
             f"got {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}"
         )
+    if tensor.dtype != column.dtype and not column.dtype.is_floating_point:
+        narrow = tensor.to(column.dtype)
+        if not torch.equal(narrow.to(tensor.dtype), tensor):
+            raise ValueError(
+                f"column {column.name!r}: {tensor.tolist()} does not fit into {DTYPE_NAMES[column.dtype]}"
+            )
     return tensor

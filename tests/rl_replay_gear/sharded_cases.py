@@ -95,6 +95,48 @@ def case_mapped(rank, world):
     return same_as_one_table(rank, world, "mapped")
 
 
+def far_shard(rank, **options):
+    """Rows past 2^31 bytes, in memory of which only the pages written to exist."""
+    table = TrajectoryTable(
+        TableSpec((ColumnSpec("v", (128,), torch.int64, fill=-7),), 2_200_000, 9), **options
+    )
+    table.allocator.allocate(2_100_000)
+    for number in range(3):
+        steps = torch.arange(5 + number)[:, None] + 100 * number + 1000 * rank
+        table.write({"v": steps.expand(-1, 128).contiguous()})
+    assert int(table.index.start[0]) * table.storage[0].shape[1] * 8 > 2**31
+    return table
+
+
+def mapped_far_rows(rank, world, backend, **options):
+    """Rows of all shards, read in place, are what their owners wrote."""
+    table = ShardedTable(far_shard(rank, shared=True, **options), exchange="mapped")
+    seen = set()
+    for turn in range(3):
+        selection = table.select(Uniform(), 8, generator=CounterGenerator(5, turn))
+        batch = table.collect(selection, Window(6, -2, "around"), backend=backend)
+        plain = table.collect(selection, Window(6, -2, "around"), device="cpu", backend="torch")
+        assert torch.equal(batch["v"].cpu(), plain["v"])
+        for i, handle in enumerate(selection.handles.tolist()):
+            owner, slot = handle >> 51, handle & (2**31 - 1)
+            seen.add((owner, slot))
+            steps = torch.arange(6) + int(selection.anchors[i]) - 2
+            inside = (steps >= 0) & (steps < 5 + slot)
+            expected = torch.where(inside, steps + 100 * slot + 1000 * owner, -7)
+            assert torch.equal(batch["v"][i].cpu(), expected[:, None].expand(-1, 128)), (turn, i)
+    return len({owner for owner, _ in seen})
+
+
+def case_mapped_kernel(rank, world):
+    return mapped_far_rows(rank, world, "triton", memory="host")
+
+
+def case_mapped_device(rank, world):
+    """On GPUs: each process its own, or all the same one."""
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    return mapped_far_rows(rank, world, "auto", memory="device")
+
+
 def case_law(rank, world):
     table = ShardedTable(shard(rank), exchange="all_to_all")
     selector = Prioritized(1.0)

@@ -38,7 +38,7 @@ sys.path.insert(0, {here!r})
 import torch
 from test_collect import mixed_table
 from rl_replay_gear import Uniform, Window
-from rl_replay_gear.collect import gather_on_gpu, segment_bounds
+from rl_replay_gear.collect import fill_plan, gather_on_gpu
 from rl_replay_gear.randomness import CounterGenerator
 table = mixed_table()
 selection = table.select(Uniform(), 6, generator=CounterGenerator(3))
@@ -46,10 +46,12 @@ slots, _ = table.index.locate(selection.handles.numpy())
 for window in (Window(5, -2, "head"), Window(3, 0, "tail")):
     plain = table.collect(selection, window, backend="torch")
     kernel = table.collect(selection, window, backend="triton")
-    for read, a, b in zip(table.plan(window).reads, plain.buffers, kernel.buffers, strict=True):
+    plan = table.plan(window)
+    bounds = torch.empty((len(plan.segments), 4, 6), dtype=torch.int64)
+    fill_plan(plan, table.index, slots, selection.anchors.numpy(), bounds)
+    for read, a, b in zip(plan.reads, plain.buffers, kernel.buffers, strict=True):
         assert torch.equal(a, b)
-        bounds = segment_bounds(table.index, slots, selection.anchors.numpy(), window, final=read.final)
-        assert torch.equal(a, gather_on_gpu(read, [read.source], bounds, backend="auto"))
+        assert torch.equal(a, gather_on_gpu(read, [read.source], bounds[read.segment], backend="auto"))
 print("equal")
 """
 

@@ -63,17 +63,46 @@ def test_gr27_minari_episodes_of_a_dict_space():
         assert found["terminations"].dtype == torch.bool
 
 
-def test_gr27_a_real_minari_data_set():
+def real_episodes(buffer_class):
+    """Of the shapes and nesting that Minari stores: dict in dict, tuples, images, one more observation."""
+    random = np.random.default_rng(2)
+    for n in (3, 8, 1):
+        camera = random.integers(0, 255, (n + 1, 4, 4, 3)).astype(np.uint8)
+        yield buffer_class(
+            observations={"pos": random.normal(size=(n + 1, 2)).astype(np.float32), "cam": {"image": camera}},
+            actions=(random.integers(0, 4, n), random.random((n, 1)).astype(np.float32)),
+            rewards=random.normal(size=n),
+            terminations=np.arange(n) == n - 1,
+            truncations=np.zeros(n, bool),
+        )
+
+
+def test_gr27_a_real_minari_data_set(tmp_path, monkeypatch):
     minari = pytest.importorskip("minari", reason="minari is not installed")
-    gymnasium = pytest.importorskip("gymnasium")
-    collector = minari.DataCollector(gymnasium.make("CartPole-v1"))
-    for seed in range(3):
-        collector.reset(seed=seed)
-        done = False
-        while not done:
-            _, _, terminated, truncated, _ = collector.step(collector.action_space.sample())
-            done = terminated or truncated
-    dataset = collector.create_dataset(dataset_id="graft/cartpole-v0")
-    table = import_minari(dataset)
-    assert len(table) == dataset.total_episodes
-    assert table.num_steps == dataset.total_steps
+    from gymnasium import spaces
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    image = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    minari.create_dataset_from_buffers(
+        "graft/mixed-v0",
+        list(real_episodes(EpisodeBuffer)),
+        observation_space=spaces.Dict(
+            {"pos": spaces.Box(-9, 9, (2,)), "cam": spaces.Dict({"image": image})},
+        ),
+        action_space=spaces.Tuple((spaces.Discrete(4), spaces.Box(0, 1, (1,)))),
+        jpeg_encoding=False,
+    )
+    table = import_minari("graft/mixed-v0", derived=(ReturnsToGo(),))
+    assert table.lengths().tolist() == [3, 8, 1]
+    for handle, episode in zip(table.handles().tolist(), real_episodes(SimpleNamespace), strict=True):
+        found = table.read(handle)
+        assert np.array_equal(found["observations.pos"].numpy(), episode.observations["pos"])
+        assert np.array_equal(found["observations.cam.image"].numpy(), episode.observations["cam"]["image"])
+        assert found["observations.cam.image"].dtype == torch.uint8
+        for number, action in enumerate(episode.actions):
+            assert np.array_equal(found[f"actions.{number}"].numpy(), action)
+        assert np.array_equal(found["terminations"].numpy(), episode.terminations)
+        assert float(found["returns_to_go"][0]) == pytest.approx(episode.rewards.sum(), rel=1e-6)
+    with pytest.raises(ValueError, match="trajectory of 3 steps is longer than max_steps=2"):
+        import_minari("graft/mixed-v0", max_steps=2)

@@ -58,3 +58,29 @@ def test_compiled_loops_equal_their_numpy_twins():
         assert np.array_equal(drawn, twin)
         assert drawn.min() >= 0
         assert drawn.max() < 1
+
+
+def test_checks_and_weights_of_a_tree_equal_their_twins():
+    index = np.array([0, 4, 9, 3])
+    good = np.array([0.0, 1e300, 5e-324, 2.0])
+    for position, leaf, weight in [(-1, 0, 0.0), (0, 10, 0.0), (2, -1, 1.0), (1, 4, np.nan), (3, 3, np.inf),
+                                   (0, 0, -1e-300)]:  # fmt: skip
+        leaves, weights = index.copy(), good.copy()
+        if position >= 0:
+            leaves[position], weights[position] = leaf, weight
+        assert loops.first_bad_leaf(leaves, weights, 10) == position
+        assert loops.first_bad_leaf_numpy(leaves, weights, 10) == position
+    assert loops.first_bad_leaf(index[:0], good[:0], 10) == loops.first_bad_leaf_numpy(
+        index[:0], good[:0], 10
+    )
+    random = np.random.default_rng(0)
+    priority = random.random(50).astype(np.float32)
+    priority[::5] = 0
+    length, slots = random.integers(1, 9, 50), random.integers(0, 50, 200)
+    for alpha in (0.0, 0.6, 1.0):
+        for over_steps in (False, True):
+            one, other = np.empty((2, 200))
+            loops.priority_weights(slots, priority, alpha, length, over_steps, one)
+            loops.priority_weights_numpy(slots, priority, alpha, length, over_steps, other)
+            np.testing.assert_allclose(one, other, rtol=1e-15)
+            assert (one[priority[slots] == 0] == 0).all()

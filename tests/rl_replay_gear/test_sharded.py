@@ -28,12 +28,12 @@ SCRIPT = os.path.join(os.path.dirname(__file__), "sharded_cases.py")
 
 CASES = {
     2: ["all_to_all", "schema", "empty"],
-    3: ["mapped", "law", "ranked", "priorities", "strict", "batch_sizes"],
+    3: ["mapped", "mapped_kernel", "law", "ranked", "priorities", "strict", "batch_sizes"],
     4: ["all_to_all", "stages", "tensor_peers"],
 }  # by number of processes: starting one takes seconds, so a group runs all its cases
 
 
-def launch(cases, world, folder):
+def launch(cases, world, folder, **environment):
     """What each process prints for each case, and its exit code."""
     processes = [
         subprocess.Popen(
@@ -41,7 +41,7 @@ def launch(cases, world, folder):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment},
         )
         for rank in range(world)
     ]
@@ -65,7 +65,9 @@ def run(tmp_path_factory):
 
     def results(case, world):
         if world not in groups:
-            found, codes, errors = launch(CASES[world], world, tmp_path_factory.mktemp(f"world{world}"))
+            found, codes, errors = launch(
+                CASES[world], world, tmp_path_factory.mktemp(f"world{world}"), TRITON_INTERPRET="1"
+            )
             assert codes == [0] * world, errors[0][-3000:]
             groups[world] = found
         return groups[world][case]
@@ -80,6 +82,20 @@ def test_gr15_shards_draw_the_items_of_one_table(world, run):
 
 def test_gr26_mapped_shards_give_the_same_batches(run):
     assert run("mapped", 3) == ["same"] * 3
+
+
+def test_gr26_the_interpreted_kernel_reads_the_rows_of_other_processes_past_2_gib(run):
+    pytest.importorskip("triton")
+    assert run("mapped_kernel", 3) == [3] * 3
+
+
+@pytest.mark.gpu
+def test_gr26_processes_read_each_others_device_memory(tmp_path):
+    if torch.cuda.device_count() == 0:
+        pytest.skip("no GPU")
+    found, codes, errors = launch(["mapped_device"], 2, tmp_path)
+    assert codes == [0, 0], errors[0][-3000:]
+    assert found["mapped_device"] == [2, 2]
 
 
 def test_gr14_frequencies_equal_global_weights_with_an_empty_shard(run):

@@ -75,6 +75,21 @@ def test_writer_refuses_bad_steps_and_keeps_the_good_ones():
         short.append(a=0.0)
 
 
+def test_writer_keeps_the_precision_and_refuses_values_that_would_wrap_round():
+    spec = TableSpec((ColumnSpec("d", (), torch.float64), ColumnSpec("u", (), torch.uint8)), 100, 10)
+    table = TrajectoryTable(spec)
+    writer = TrajectoryWriter(table)
+    writer.append(d=0.1, u=255)
+    writer.append(d=np.float64(0.1), u=np.uint8(7))
+    writer.append(d=torch.tensor(0.1, dtype=torch.float64), u=np.int64(3))
+    for bad in (256, -1, np.int64(300), torch.tensor(1000)):
+        with pytest.raises(ValueError, match=f"column 'u': {int(bad)} does not fit into uint8"):
+            writer.append(d=5.0, u=bad)
+    found = table.read(writer.commit())
+    assert found["d"].tolist() == [0.1] * 3
+    assert found["u"].tolist() == [255, 7, 3]
+
+
 def test_a_writer_that_dies_in_mid_trajectory_leaves_no_half_trajectory():
     table = TrajectoryTable(SPEC)
 

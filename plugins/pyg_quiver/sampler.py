@@ -99,8 +99,10 @@ class QuiverSampler(BaseSampler):
         self.num_threads = num_threads
         self.keep_orig_edges = False
         self._disjoint = disjoint
-        self._device = self.graphs.device
         self._temporal = self.graphs.is_temporal
+        # Triton's kernels read a batch's seeds from host memory; all others where the graph is.
+        staged = self.backend == "triton" and not self._temporal and not self.graphs.is_hetero
+        self._input_device = torch.device("cpu") if staged else self.graphs.device
         # PyG's Data and HeteroData are indexed where they lie, so results go back there.
         on_host = isinstance(data, (Data, HeteroData)) and not data.is_cuda
         self._output_device = torch.device("cpu") if on_host else self.graphs.device
@@ -190,7 +192,7 @@ class QuiverSampler(BaseSampler):
             keys: key of each group.
         """
         self._check_nodes(node, self.graphs.only_type[0])
-        device = self.graphs.device
+        device = self._input_device
         streams = streams_tensor(self.seed, keys).to(device)
         return self._run(Frontier(node.to(device), group.to(device)), Draws(streams, replace=self.replace))
 
@@ -250,7 +252,7 @@ class QuiverSampler(BaseSampler):
     def _from_nodes(
         self, node: Tensor, *, key: int, keys: list[int] | None, time: Tensor | None
     ) -> SamplerOutput:
-        graphs, device = self.graphs, self._device
+        graphs, device = self.graphs, self._input_device
         self._check_nodes(node, graphs.only_type[0])
         node = node.to(device, torch.int64)
         if keys is None:

@@ -29,6 +29,15 @@ a = QuiverSampler(topology, [3, 2], backend="triton").sample(torch.arange(9), ke
 b = QuiverSampler(topology, [3, 2], backend="torch").sample(torch.arange(9), key=4)
 assert torch.equal(a.node, b.node) and torch.equal(a.row, b.row) and torch.equal(a.edge, b.edge)
 assert (triton_gpu._slot_map(30, torch.device("cpu")) == 2**31 - 1).all()
+# One launch a hop; seeds, flags, writing and the map's reset; one prefix sum.
+launches, sums, launch, cumsum = [], [], triton_gpu._launch, torch.cumsum
+triton_gpu._launch = lambda kernel, *a, **k: (launches.append(kernel), launch(kernel, *a, **k))
+torch.cumsum = lambda *a, **k: (sums.append(1), cumsum(*a, **k))[1]
+sampler = QuiverSampler(topology, [3, 2, 2, 1], backend="triton")
+for batch in (1, 30):
+    launches.clear(), sums.clear()
+    sampler.sample(torch.arange(batch), key=4)
+    assert (len(launches), len(sums)) == (8, 1), (launches, sums)
 print("done")
 """
 

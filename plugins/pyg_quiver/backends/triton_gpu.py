@@ -1,9 +1,11 @@
 """GPU sampler in Triton: the graph in GPU memory, or its edges in pinned host memory read in place.
 
-A hop is four kernels and two prefix sums. Nodes are numbered by the smallest edge that names them (an atomic
-minimum), so that the result does not depend on the order in which threads run. Buffers are allocated for the
-most edges there can be and counts stay on the device, so that a batch waits for the GPU once, at its end, and
-the launches of a batch shape can be replayed as one CUDA graph.
+A batch has a slot for every seed and every edge there can be, hop after hop, ``fanout`` of them for each slot
+of the hop before. A hop is one kernel: it draws for the slots that named their node first and enters the
+nodes drawn, each at the smallest slot that names it (an atomic minimum), so that the order in which threads
+run changes nothing. At the end one prefix sum numbers nodes and edges, and one kernel writes them out.
+Nothing in between depends on a count, so that a batch waits for the GPU once, at its end, and the launches of
+a batch shape can be replayed as one CUDA graph; seeds and counts cross in pinned memory, without a copy.
 
 A node of group g is entered as the key ``g * N + v``, so that groups never meet.
 """
@@ -18,7 +20,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,14 +35,14 @@ from pyg_quiver.backends.hops import sample_one_type
 from pyg_quiver.backends.torch_ops import TorchBackend, TorchTable
 
 MAX_FANOUT = 32  # a program holds the draws of a node in registers, and compiling grows with their number
-MAX_BUFFER = 1 << 28  # edges; batches that might need more are sampled hop by hop, to exact sizes
-MAX_MAP = 1 << 28  # entries (4 bytes) of the map from key to position; more groups are sampled hop by hop
-MAX_CAPTURED = 1 << 21  # edges; beyond, launching takes no share worth saving and buffers are large
+MAX_SLOTS = 1 << 27  # 60 bytes each; batches that might need more are sampled hop by hop, to exact sizes
+MAX_MAP = 1 << 28  # entries (4 bytes) of the map from key to slot; more groups are sampled hop by hop
+MAX_CAPTURED = 1 << 21  # slots; beyond, launching takes no share worth saving and buffers are large
 CAPTURED_SHAPES = 24  # batch shapes kept as CUDA graphs, by graph and thread
 
-_UNSEEN = tl.constexpr(2**31 - 1)
-_SEEN = tl.constexpr(-(2**31))  # a node with position p is entered as p + _SEEN, below every edge number
+_UNSEEN = tl.constexpr(2**31 - 1)  # above every slot
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+_NODES = tl.constexpr(2**32 - 1)  # ranks count nodes in their low half, edges in the high one
 _BLOCK = 1024
 
 
@@ -57,65 +59,50 @@ def _or(a, b):
     return a | b
 
 
-@triton.jit(do_not_specialize=["num_nodes"])
+@triton.jit(do_not_specialize=["seeds", "groups", "num_nodes"])
 def _seed_kernel(
-    slot_ptr, node_ptr, seed_ptr, group_ptr, ends_ptr, num_nodes, GROUPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Enter the seeds; a repeated seed keeps its first position."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < tl.load(ends_ptr + 1)
-    key = tl.load(seed_ptr + i, mask=live, other=0)
-    if GROUPED:
-        key += tl.load(group_ptr + i, mask=live, other=0) * num_nodes
-    tl.store(node_ptr + i, key, mask=live)
-    tl.atomic_min(slot_ptr + key, i + _SEEN, mask=live)
-
-
-@triton.jit(do_not_specialize=["hop", "bound", "fanout", "num_nodes"])
-def _plan_kernel(
-    colptr_ptr, node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, hop, bound, fanout, num_nodes,
-    REPLACE: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
+    staged_ptr, slot_ptr, source_ptr, stream_ptr, seeds, groups, num_nodes,
+    GROUPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First edge, degree and number of draws of each frontier node; 0 draws beyond the frontier."""
+    """Enter the seeds (a repeated one at its first slot) and take the streams.
+
+    ``staged`` is in host memory: their number, seeds, streams, groups of the seeds.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.load(ends_ptr + hop)
-    live = i < tl.load(ends_ptr + hop + 1) - begin
-    v = tl.load(node_ptr + begin + i, mask=live, other=0)
+    live = i < tl.load(staged_ptr)
+    key = tl.load(staged_ptr + 1 + i, mask=live, other=-1)
     if GROUPED:
-        v = v % num_nodes
-    start = tl.load(colptr_ptr + v, mask=live, other=0)
-    degree = tl.load(colptr_ptr + v + 1, mask=live, other=0) - start
-    if REPLACE:
-        count = tl.where(degree > 0, fanout, 0)
-    else:
-        count = tl.minimum(degree, fanout)
-    inside = i < bound
-    tl.store(start_ptr + i, start, mask=inside)
-    tl.store(degree_ptr + i, degree, mask=inside)
-    tl.store(count_ptr + i, tl.where(live, count, 0), mask=inside)
+        key += tl.load(staged_ptr + 1 + seeds + groups + i, mask=live, other=0) * num_nodes
+    tl.store(source_ptr + i, key, mask=i < seeds)
+    tl.atomic_min(slot_ptr + key, i, mask=live)
+    is_group = i < groups
+    tl.store(stream_ptr + i, tl.load(staged_ptr + 1 + seeds + i, mask=is_group, other=0), mask=is_group)
 
 
-@triton.jit(do_not_specialize=["hop", "bound", "fanout", "num_nodes"])
+@triton.jit(do_not_specialize=["hop", "first", "frontier", "fanout", "num_nodes", "seeds"])
 def _draw_kernel(
-    row_ptr, hot_row_ptr, hot_start_ptr,
-    node_ptr, ends_ptr, start_ptr, degree_ptr, count_ptr, offset_ptr, stream_ptr, group_ptr,
-    edge_ptr, col_ptr, local_ptr, slot_ptr, base_ptr, hop, bound, fanout, num_nodes,
+    colptr_ptr, row_ptr, hot_row_ptr, hot_start_ptr, stream_ptr, group_ptr, slot_ptr,
+    source_ptr, edge_ptr, target_ptr, hop, first, frontier, fanout, num_nodes, seeds,
     WIDTH: tl.constexpr, REPLACE: tl.constexpr, GROUPED: tl.constexpr, CLAIM: tl.constexpr,
     CACHED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Draw the edges of BLOCK frontier nodes and read their sources; with CLAIM also enter those.
+    """Draw for the nodes at BLOCK slots of the frontier ``first + [0, frontier)``; enter the sources.
 
     Draw s of a node: t = u(s, j + 1) with j = degree - fanout + s, or j where t was drawn before (Floyd).
-    With CLAIM nodes and sources are keys, without it plain nodes whose groups are in ``group_ptr``.
+    The slots behind the frontier get the source of each draw (-1 where there is none), its CSC position and
+    the slot of its target. With CLAIM sources are keys and only slots that named their node first draw;
+    without it they are plain nodes whose groups are in ``group_ptr``, all draw and none is entered.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < bound
-    begin = tl.load(ends_ptr + hop)
-    count = tl.load(count_ptr + i, mask=inside, other=0)
-    live = count > 0
-    degree = tl.load(degree_ptr + i, mask=live, other=0)
-    start = tl.load(start_ptr + i, mask=live, other=0)
-    v = tl.load(node_ptr + begin + i, mask=live, other=0)
+    at = first + i
+    inside = i < frontier
+    v = tl.load(source_ptr + at, mask=inside, other=-1)
+    live = v >= 0
+    if CLAIM:
+        # Seeds all draw. This hop enters only larger slots, so what is read here stays.
+        named_first = tl.load(slot_ptr + v, mask=live & (at >= seeds), other=0) == at
+        live = live & (named_first | (at < seeds))
+    v = tl.where(live, v, 0)
     first_key = tl.zeros_like(v)
     if GROUPED:
         if CLAIM:
@@ -123,14 +110,21 @@ def _draw_kernel(
             first_key = group * num_nodes
             v = v - first_key
         else:
-            group = tl.load(group_ptr + begin + i, mask=live, other=0)
+            group = tl.load(group_ptr + i, mask=live, other=0)
         stream = tl.load(stream_ptr + group, mask=live, other=0).to(tl.uint64)
     else:
         stream = tl.load(stream_ptr).to(tl.uint64)
+    start = tl.load(colptr_ptr + v, mask=live, other=0)
+    degree = tl.load(colptr_ptr + v + 1, mask=live, other=0) - start
+    if REPLACE:
+        count = tl.where(degree > 0, fanout, 0)
+        drawn = degree > 0
+    else:
+        count = tl.minimum(degree, fanout)
+        drawn = degree > fanout
     key = _mix(stream ^ _mix(((v << 8) | hop).to(tl.uint64)))
     step = tl.arange(0, WIDTH)
     picks = tl.broadcast_to(step[None, :], (BLOCK, WIDTH)).to(tl.int64)
-    drawn = live if REPLACE else degree > fanout
     for s in range(fanout):
         random = _mix(key) >> 32
         key += _GOLDEN
@@ -147,8 +141,6 @@ def _draw_kernel(
         picks = tl.where(here, value[:, None], picks)
     edge = start[:, None] + picks
     keep = step[None, :] < count[:, None]
-    at = tl.load(offset_ptr + i, mask=live, other=0) - count
-    place = tl.load(base_ptr + hop) + at[:, None] + step[None, :]
     if CACHED:
         hot = tl.load(hot_start_ptr + v, mask=live, other=-1)[:, None]
         near = tl.load(hot_row_ptr + hot + picks, mask=keep & (hot >= 0), other=0)
@@ -156,68 +148,66 @@ def _draw_kernel(
         source = tl.where(hot >= 0, near, far).to(tl.int64) + first_key[:, None]
     else:
         source = tl.load(row_ptr + edge, mask=keep, other=0).to(tl.int64) + first_key[:, None]
-    tl.store(edge_ptr + place, edge, mask=keep)
-    tl.store(col_ptr + place, tl.broadcast_to((begin + i)[:, None], (BLOCK, WIDTH)), mask=keep)
-    tl.store(local_ptr + place, source, mask=keep)
+    slot = (first + frontier) + (i.to(tl.int64) * fanout)[:, None] + step[None, :]
+    tl.store(source_ptr + slot, tl.where(keep, source, -1), mask=inside[:, None] & (step < fanout)[None, :])
+    tl.store(edge_ptr + slot, edge, mask=keep)
+    tl.store(target_ptr + slot, tl.broadcast_to(at[:, None], (BLOCK, WIDTH)), mask=keep)
     if CLAIM:
-        order = (at[:, None] + step[None, :]).to(tl.int32)
-        tl.atomic_min(slot_ptr + source, order, mask=keep)
+        tl.atomic_min(slot_ptr + source, slot.to(tl.int32), mask=keep)
 
 
-@triton.jit(do_not_specialize=["hop", "frontier", "bound"])
-def _flag_kernel(
-    local_ptr, slot_ptr, flag_ptr, base_ptr, offset_ptr, hop, frontier, bound, BLOCK: tl.constexpr
-):
-    """1 for the edge that names a node for the first time; also fixes where the next hop's edges begin."""
+@triton.jit(do_not_specialize=["seeds", "slots"])
+def _flag_kernel(source_ptr, slot_ptr, flag_ptr, seeds, slots, BLOCK: tl.constexpr):
+    """What a slot adds to the ranks: 1 for a node that it names first (every seed), 2^32 for an edge."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    base = tl.load(base_ptr + hop)
-    total = tl.load(offset_ptr + frontier - 1)
-    live = i < total
-    source = tl.load(local_ptr + base + i, mask=live, other=0)
-    first = tl.load(slot_ptr + source, mask=live, other=-1)
-    tl.store(flag_ptr + i, (first == i).to(tl.int32), mask=i < bound)
-    if tl.program_id(0) == 0:
-        tl.store(base_ptr + hop + 1, base + total)
+    source = tl.load(source_ptr + i, mask=i < slots, other=-1)
+    is_edge = (source >= 0) & (i >= seeds)
+    is_first = tl.load(slot_ptr + source, mask=is_edge, other=-1) == i
+    is_new = is_first | ((source >= 0) & (i < seeds))
+    tl.store(flag_ptr + i, is_new.to(tl.int64) | (is_edge.to(tl.int64) << 32), mask=i < slots)
 
 
-@triton.jit(do_not_specialize=["hop", "bound"])
-def _enter_kernel(
-    local_ptr, slot_ptr, flag_ptr, rank_ptr, node_ptr, ends_ptr, base_ptr, hop, bound, BLOCK: tl.constexpr
-):
-    """Number the new nodes in the order of their first edges."""
+@triton.jit(do_not_specialize=["seeds", "slots", "hops", "num_nodes"])
+def _write_kernel(
+    source_ptr, edge_ptr, target_ptr, slot_ptr, rank_ptr, end_ptr, out_ptr, count_ptr,
+    seeds, slots, hops, num_nodes,
+    GROUPED: tl.constexpr, HOPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows, columns, CSC positions, nodes, groups in one buffer; ranks at the ends of hops to the host."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(ends_ptr + hop + 1)
-    new = tl.load(flag_ptr + i, mask=i < bound, other=0) > 0
-    source = tl.load(local_ptr + tl.load(base_ptr + hop) + i, mask=new, other=0)
-    position = count + tl.load(rank_ptr + i, mask=new, other=1) - 1
-    tl.store(node_ptr + position, source, mask=new)
-    tl.store(slot_ptr + source, (position + _SEEN).to(tl.int32), mask=new)
-    if tl.program_id(0) == 0:
-        tl.store(ends_ptr + hop + 2, count + tl.load(rank_ptr + bound - 1))
-
-
-@triton.jit(do_not_specialize=["hops"])
-def _number_kernel(local_ptr, slot_ptr, base_ptr, hops, BLOCK: tl.constexpr):
-    """Replace sources by their positions."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < tl.load(base_ptr + hops)
-    source = tl.load(local_ptr + i, mask=live, other=0)
-    position = tl.load(slot_ptr + source, mask=live, other=0).to(tl.int64) - _SEEN
-    tl.store(local_ptr + i, position, mask=live)
-
-
-@triton.jit(do_not_specialize=["hops", "num_nodes"])
-def _reset_kernel(
-    slot_ptr, node_ptr, group_ptr, ends_ptr, hops, num_nodes, GROUPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Leave the map as it was found; turn keys into nodes and groups."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < tl.load(ends_ptr + hops + 1)
-    key = tl.load(node_ptr + i, mask=live, other=0)
-    tl.store(slot_ptr + key, _UNSEEN, mask=live)
+    whole = tl.load(rank_ptr + slots - 1)
+    edges, nodes = whole >> 32, whole & _NODES
+    source = tl.load(source_ptr + i, mask=i < slots, other=-1)
+    live = source >= 0
+    is_edge = live & (i >= seeds)
+    rank = tl.load(rank_ptr + i, mask=live, other=0)
+    named_at = tl.load(slot_ptr + source, mask=live, other=0)
+    is_new = live & ((named_at == i) | (i < seeds))
+    row = (tl.load(rank_ptr + named_at, mask=is_edge, other=0) & _NODES) - 1
+    target = tl.load(target_ptr + i, mask=is_edge, other=0)
+    col = (tl.load(rank_ptr + target, mask=is_edge, other=0) & _NODES) - 1
+    to_edge = out_ptr + (rank >> 32) - 1
+    tl.store(to_edge, row, mask=is_edge)
+    tl.store(to_edge + edges, col, mask=is_edge)
+    tl.store(to_edge + 2 * edges, tl.load(edge_ptr + i, mask=is_edge, other=0), mask=is_edge)
+    to_node = out_ptr + 3 * edges + (rank & _NODES) - 1
     if GROUPED:
-        tl.store(node_ptr + i, key % num_nodes, mask=live)
-        tl.store(group_ptr + i, key // num_nodes, mask=live)
+        tl.store(to_node, source % num_nodes, mask=is_new)
+        tl.store(to_node + nodes, source // num_nodes, mask=is_new)
+    else:
+        tl.store(to_node, source, mask=is_new)
+    if tl.program_id(0) == 0:
+        hop = tl.arange(0, HOPS)
+        end = tl.load(end_ptr + hop, mask=hop <= hops, other=1)
+        tl.store(count_ptr + hop, tl.load(rank_ptr + end - 1), mask=hop <= hops)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _reset_kernel(source_ptr, slot_ptr, slots, BLOCK: tl.constexpr):
+    """Leave the map as it was found."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(source_ptr + i, mask=i < slots, other=-1)
+    tl.store(slot_ptr + source, _UNSEEN, mask=source >= 0)
 
 
 _local = threading.local()
@@ -225,7 +215,7 @@ _capturing = threading.Lock()  # PyTorch registers its random generators with ev
 
 
 def _slot_map(size: int, device: torch.device) -> Tensor:
-    """This thread's int32 map from key to position, ``size`` entries or more, all unseen between calls."""
+    """This thread's int32 map from key to slot, ``size`` entries or more, all unseen between calls."""
     maps = _local.__dict__.setdefault("maps", {})
     if device not in maps or maps[device].numel() < size:
         maps[device] = torch.full((size,), _UNSEEN.value, dtype=torch.int32, device=device)
@@ -256,18 +246,18 @@ class _Shape:
     replace: bool
     num_nodes: int
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """Most frontier nodes and edges of each hop."""
-        bounds, frontier = [], self.seeds
+    def hops(self) -> list[tuple[int, int, int]]:
+        """First slot of the frontier, its slots and the fan-out, of each hop."""
+        hops, first, frontier = [], 0, self.seeds
         for fanout in self.fanouts:
-            bounds.append((frontier, frontier * fanout))
-            frontier = min(frontier * fanout, self.num_nodes * self.groups)
-        return bounds
+            hops.append((first, frontier, fanout))
+            first, frontier = first + frontier, frontier * fanout
+        return hops
 
     @property
-    def edges(self) -> int:
-        """Most edges of the batch."""
-        return sum(edges for _, edges in self.bounds())
+    def slots(self) -> int:
+        """Seeds and most edges of the batch."""
+        return self.seeds + sum(frontier * fanout for _, frontier, fanout in self.hops())
 
     def rounded_up(self) -> _Shape:
         """The shape whose captured launches serve this one: few shapes, and never four times too large."""
@@ -280,20 +270,25 @@ def _power_of_four(count: int) -> int:
 
 
 def sample(graph: Graph, seeds: Frontier, fanouts: Sequence[int], draws: Draws) -> Sampled:
-    """Sample a homogeneous graph (arguments: ``hops.sample_one_type``), on the device of ``graph.colptr``."""
+    """Sample a homogeneous graph (arguments: ``hops.sample_one_type``), on the device of ``graph.colptr``.
+
+    Seeds, groups and streams are best on the CPU; from a device they are copied there first, which waits.
+    """
     device = graph.colptr.device
     _check_device(device)
     num_nodes = max(graph.colptr.numel() - 1, graph.num_src_nodes)
     shape = _Shape(seeds.node.numel(), draws.streams.numel(), tuple(fanouts), draws.replace, num_nodes)
     usable = shape.seeds > 0 and graph.row.numel() > 0 and draws.group_time is None
     usable = usable and all(0 < fanout <= MAX_FANOUT for fanout in fanouts)
-    if not usable or shape.edges > MAX_BUFFER or shape.groups * num_nodes > MAX_MAP:
+    if not usable or shape.slots > MAX_SLOTS or shape.groups * num_nodes > MAX_MAP:
+        seeds = Frontier(seeds.node.to(device), seeds.group.to(device))
+        draws = replace(draws, streams=draws.streams.to(device))
         return sample_one_type(TritonBackend(), graph, seeds, fanouts, draws)
     if device.type == "cpu":
         return _Batch(graph, shape).run(seeds, draws)
     with torch.cuda.device(device):
         rounded = shape.rounded_up()
-        if rounded.edges > MAX_CAPTURED or rounded.groups * num_nodes > MAX_MAP:
+        if rounded.slots > MAX_CAPTURED or rounded.groups * num_nodes > MAX_MAP:
             return _Batch(graph, shape).run(seeds, draws)
         return _captured(graph, rounded).run(seeds, draws)
 
@@ -314,7 +309,7 @@ def _captured(graph: Graph, shape: _Shape) -> _Batch:
 
 
 class _Batch:
-    """Device buffers of one batch shape and the launches that fill them."""
+    """Buffers of one batch shape and the launches that fill them."""
 
     def __init__(self, graph: Graph, shape: _Shape) -> None:
         device = graph.colptr.device
@@ -326,28 +321,24 @@ class _Batch:
         def empty(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        bounds = shape.bounds()
-        frontier = max((nodes for nodes, _ in bounds), default=0)
-        widest = max((edges for _, edges in bounds), default=0)
-        most = min(shape.seeds + shape.edges, shape.num_nodes * shape.groups + shape.seeds)
+        def on_host(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+        ends = [first + frontier for first, frontier, _ in shape.hops()] + [shape.slots]
+        nodes = min(shape.slots, shape.num_nodes * shape.groups + shape.seeds)
+        self.staged, self.counts = on_host(1 + 2 * shape.seeds + shape.groups), on_host(len(ends))
         self.slot = _slot_map(shape.groups * shape.num_nodes, device)
-        self.seed, self.seed_group = empty(shape.seeds), empty(shape.seeds)
-        self.streams = empty(shape.groups)
-        self.node, self.group = empty(most), empty(most if shape.groups > 1 else 1)
-        self.edge, self.col, self.local = (empty(shape.edges) for _ in range(3))
-        self.start, self.degree, self.drawn, self.offset = (empty(frontier) for _ in range(4))
-        self.flag, self.rank = empty(widest, torch.int32), empty(widest)
-        # The frontier of hop h is node[ends[h] : ends[h + 1]], its edges begin at base[h].
-        hops = len(shape.fanouts)
-        self.counts = torch.zeros(2 * hops + 3, dtype=torch.int64, device=device)
-        self.ends, self.base = self.counts[: hops + 2], self.counts[hops + 2 :]
+        self.streams, self.zero = empty(shape.groups), torch.zeros(1, dtype=torch.int64, device=device)
+        self.source, self.edge, self.flag, self.rank = (empty(shape.slots) for _ in range(4))
+        self.target = empty(shape.slots, torch.int32)
+        self.out = empty(3 * (shape.slots - shape.seeds) + 2 * nodes)
+        self.ends = torch.tensor(ends, device=device)
 
     def capture(self, graph: Graph) -> None:
         """Record the launches; later runs replay them with one call."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.ends[1] = 0
             self._enqueue(graph)  # compiles
             side.synchronize()
             self._recorded = torch.cuda.CUDAGraph()
@@ -362,73 +353,72 @@ class _Batch:
 
     def run(self, seeds: Frontier, draws: Draws) -> Sampled:
         """Sample one batch; waits for the device once."""
-        count, groups = seeds.node.numel(), draws.streams.numel()
+        self._stage(seeds, draws)
         if self._free is not None:
             self._free.wait()
-        self.seed[:count] = seeds.node
-        self.streams[:groups] = draws.streams
-        if self.shape.groups > 1:
-            self.seed_group[:count] = seeds.group
-        self.ends[1:2].fill_(count)
         if self._recorded is not None:
             self._recorded.replay()
         else:
             assert self._graph is not None
             self._enqueue(self._graph)
+        if self.out.is_cuda:
+            torch.cuda.current_stream().synchronize()
         counts = self.counts.tolist()
-        hops = len(self.shape.fanouts)
-        node_ends, edge_ends = counts[: hops + 2], counts[hops + 2 :]
-        nodes, total = node_ends[-1], edge_ends[-1]
-        parts = [self.node[:nodes], self.local[:total], self.col[:total], self.edge[:total]]
-        group = self.group[:nodes] if self.shape.groups > 1 else None
+        node_ends, edge_ends = [c & _NODES.value for c in counts], [c >> 32 for c in counts]
+        nodes, total, grouped = node_ends[-1], edge_ends[-1], self.shape.groups > 1
+        used = self.out[: 3 * total + (2 if grouped else 1) * nodes]
         if self._free is not None:  # the buffers are used again
-            parts = [part.clone() for part in parts]
-            group = None if group is None else group.clone()
+            used = used.clone()
             self._free.record()
-        node, row, col, edge = parts
+        row, col, edge, node, *group = used.split([total] * 3 + [nodes] * (2 if grouped else 1))
         return Sampled(
-            node, row, col, edge, torch.zeros_like(node) if group is None else group,
-            [b - a for a, b in pairwise(node_ends)], [b - a for a, b in pairwise(edge_ends)],
+            node, row, col, edge, group[0] if grouped else self.zero.expand(nodes),
+            [node_ends[0], *(b - a for a, b in pairwise(node_ends))], [b - a for a, b in pairwise(edge_ends)],
         )  # fmt: skip
 
+    def _stage(self, seeds: Frontier, draws: Draws) -> None:
+        """Put the batch where the first kernel reads it; the last batch has been waited for."""
+        count, groups, staged = seeds.node.numel(), draws.streams.numel(), self.staged.numpy()
+        at = 1 + self.shape.seeds
+        staged[0] = count
+        staged[1 : 1 + count] = seeds.node.cpu().numpy()
+        staged[at : at + groups] = draws.streams.cpu().numpy()
+        if self.shape.groups > 1:
+            at += self.shape.groups
+            staged[at : at + count] = seeds.group.cpu().numpy()
+
     def _enqueue(self, graph: Graph) -> None:
-        shape, slot, node, ends, base = self.shape, self.slot, self.node, self.ends, self.base
-        grouped, num_nodes = shape.groups > 1, shape.num_nodes
+        shape, slot, source = self.shape, self.slot, self.source
+        grouped, num_nodes, slots = shape.groups > 1, shape.num_nodes, shape.slots
         _launch(
-            _seed_kernel, shape.seeds, _BLOCK, slot, node, self.seed, self.seed_group, ends, num_nodes,
-            GROUPED=grouped,
+            _seed_kernel, max(shape.seeds, shape.groups), _BLOCK, self.staged, slot, source, self.streams,
+            shape.seeds, shape.groups, num_nodes, GROUPED=grouped,
         )  # fmt: skip
-        for hop, (fanout, (frontier, bound)) in enumerate(zip(shape.fanouts, shape.bounds(), strict=True)):
-            offset, flag, rank = self.offset[:frontier], self.flag[:bound], self.rank[:bound]
-            _launch(
-                _plan_kernel, frontier, _BLOCK, graph.colptr, node, ends, self.start, self.degree, self.drawn,
-                hop, frontier, fanout, num_nodes, REPLACE=shape.replace, GROUPED=grouped,
-            )  # fmt: skip
-            torch.cumsum(self.drawn[:frontier], 0, out=offset)
+        for hop, (first, frontier, fanout) in enumerate(shape.hops()):
             _launch_draw(
-                graph, (node, ends, self.start, self.degree, self.drawn, offset, self.streams, node),
-                (self.edge, self.col, self.local, slot, base), (hop, frontier, fanout, num_nodes),
+                graph, (self.streams, self.streams, slot, source, self.edge, self.target),
+                (hop, first, frontier, fanout, num_nodes, shape.seeds),
                 replace=shape.replace, grouped=grouped, claim=True,
             )  # fmt: skip
-            _launch(_flag_kernel, bound, _BLOCK, self.local, slot, flag, base, offset, hop, frontier, bound)
-            torch.cumsum(flag, 0, out=rank)
-            _launch(_enter_kernel, bound, _BLOCK, self.local, slot, flag, rank, node, ends, base, hop, bound)
+        _launch(_flag_kernel, slots, _BLOCK, source, slot, self.flag, shape.seeds, slots)
+        torch.cumsum(self.flag, 0, out=self.rank)
         hops = len(shape.fanouts)
-        _launch(_number_kernel, shape.edges, _BLOCK, self.local, slot, base, hops)
         _launch(
-            _reset_kernel, node.numel(), _BLOCK, slot, node, self.group, ends, hops, num_nodes,
-            GROUPED=grouped,
+            _write_kernel, slots, _BLOCK, source, self.edge, self.target, slot, self.rank, self.ends,
+            self.out, self.counts, shape.seeds, slots, hops, num_nodes,
+            GROUPED=grouped, HOPS=_width(hops + 1),
         )  # fmt: skip
+        _launch(_reset_kernel, slots, _BLOCK, source, slot, slots)
 
 
 def _launch_draw(
-    graph: Graph, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int, ...],
+    graph: Graph, buffers: tuple[Tensor | None, ...], numbers: tuple[int, ...],
     *, replace: bool, grouped: bool, claim: bool,
 ) -> None:  # fmt: skip
-    width = _width(numbers[2])
+    width = _width(numbers[3])
     _launch(
-        _draw_kernel, numbers[1], max(1024 // width, 16), graph.row, graph.hot_row, graph.hot_start,
-        *inputs, *outputs, *numbers,
+        _draw_kernel, numbers[2], max(1024 // width, 16),
+        graph.colptr, graph.row, graph.hot_row, graph.hot_start, *buffers, *numbers,
         WIDTH=width, REPLACE=replace, GROUPED=grouped, CLAIM=claim, CACHED=graph.hot_row is not None,
     )  # fmt: skip
 
@@ -449,21 +439,17 @@ class TritonBackend:
         plain = not 0 < fanout <= MAX_FANOUT or draws.group_time is not None
         if plain or size == 0 or graph.row.numel() == 0:
             return TorchBackend().draw(graph, frontier, draws, hop, fanout)
-        start = graph.colptr[frontier.node]
-        degree = graph.colptr[frontier.node + 1] - start
-        drawn = torch.where(degree > 0, fanout, 0) if draws.replace else degree.clamp(max=fanout)
-        offset = drawn.cumsum(0)
-        total = int(offset[-1])
-        edge, col, source = (torch.empty(total, dtype=torch.int64, device=device) for _ in range(3))
-        # One hop by itself: both tables of ends begin at this frontier.
-        zeros = torch.zeros(hop + 1, dtype=torch.int64, device=device)
+        source, edge, target = (
+            torch.empty(size * (1 + fanout), dtype=torch.int64, device=device) for _ in range(3)
+        )
+        source[:size] = frontier.node
         _launch_draw(
-            graph,
-            (frontier.node, zeros, start, degree, drawn, offset, draws.streams, frontier.group),
-            (edge, col, source, zeros, zeros), (hop, size, fanout, 0),
+            graph, (draws.streams, frontier.group, None, source, edge, target),
+            (hop, 0, size, fanout, 0, size),
             replace=draws.replace, grouped=True, claim=False,
         )  # fmt: skip
-        return edge, col, source
+        drawn = (source[size:] >= 0).nonzero().squeeze(1) + size
+        return edge[drawn], target[drawn], source[drawn]
 
     def table(self, num_nodes: int, seeds: Frontier, groups: int) -> TorchTable:
         """See the contract."""

@@ -47,7 +47,7 @@ def replay(choices: np.ndarray, residency: float, policy: str, host_share: float
         held_back = cache._pending.pop()  # the step that still runs
         for report in cache.reports():
             estimator.observe_step(
-                {request: report.chosen[row : row + 1] for row, request in enumerate(requests)}
+                [(request, slice(row, row + 1)) for row, request in enumerate(requests)], report.chosen
             )
             cache.share = estimator.step_share(requests)
             cache.plan_ahead()

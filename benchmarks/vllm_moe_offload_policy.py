@@ -14,8 +14,8 @@ Traces, each with several seeds, all policies on the same ones:
 Besides: ``known topic`` keeps the experts that the topic of the running request uses most, which no policy
 can know: a bound for prediction on topic_local, where Belady's knows the noise too. One pool for all layers
 against the same slots in equal quotas. Temperature and size of the EAM collection on tiny_moe.
-Cost: microseconds a layer of all that a policy does in a step, 61 layers x 256 experts, 32 requests and
-1000 EAMs.
+Cost: microseconds a layer of all that the host does in a step of the pool that the device manages (trace,
+predict, learn, choose victims), 61 layers x 256 experts, a quarter in slots, 32 requests and 1000 EAMs.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from benchmarks.common import RESULTS, Headline, write_result
 from vllm_moe_offload import EAMCollection, EAMPredictor, RoutingTrace, replay
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.shares import ShareEstimator
+from vllm_moe_offload.victims import Plan, VictimPlanner
 
 LAYERS, EXPERTS, TOP_K, REQUESTS, TOKENS, TOPICS, NOISE = 8, 64, 6, 60, 16, 8, 0.15
 POLICIES = ("lru", "lfu", "least_stale", "eam", "eam_reference", "belady")
@@ -215,7 +216,7 @@ def prediction_recall(temperature: float, capacity: int) -> float:
 
 
 def decision_cost(policy: str, steps: int) -> list[float]:
-    """Microseconds a layer for what the host does in a step under ``policy``, one value a step."""
+    """Microseconds a layer for all that the host does in a step under ``policy``, one value a step."""
     layers, experts, top_k, requests, stored, length = 61, 256, 8, 32, 1000, 192
     rng = np.random.default_rng(0)
     taste = rng.dirichlet(np.full(experts, 0.08), size=(requests, layers))
@@ -230,38 +231,48 @@ def decision_cost(policy: str, steps: int) -> list[float]:
         np.put_along_axis(counts, draw(entry % requests, 1)[0], length, axis=1)
         collection.add(counts)
     estimator = ShareEstimator(collection)
-    rule = make_policy(policy, layers, experts)
-    resident = rng.permutation(layers * experts)[: layers * experts // 4]
+    slots = layers * experts // 4
+    planner = VictimPlanner(make_policy(policy, layers, experts), num_slots=slots, own_slots=slots)
+    planner.rows = np.full(layers * experts, slots)
+    planner.rows[rng.permutation(layers * experts)[:slots]] = np.arange(slots)
+    plan = planner.first_plan()
     # Requests of 192 tokens at all stages of their life; one ends and one starts every sixth step.
     ages = [round(length * slot / requests) for slot in range(requests)]
     for slot, age in enumerate(ages):
-        estimator.observe_step({str(slot): draw(slot, age + 1)})
-    tokens = {str(slot): 1 for slot in range(requests)}
+        estimator.observe_step([(str(slot), slice(0, age + 1))], draw(slot, age + 1))
+    rows = [(str(slot), slice(slot, slot + 1)) for slot in range(requests)]
     costs = []
     for step in range(steps):
-        chosen = {str(slot): draw(slot, 1) for slot in range(requests)}
-        together = np.concatenate(list(chosen.values()))
+        chosen = np.concatenate([draw(slot, 1) for slot in range(requests)])
+        serve(planner, plan, chosen)
+        ended = [slot for slot in range(requests) if ages[slot] + 1 >= length]
         start = time.perf_counter()
-        share = None
-        if policy == "eam":
-            estimator.observe_step(chosen)
-            share = estimator.step_share(tokens)
-        for layer in range(layers):
-            rule.on_layer(layer, share)
-            rule.on_accesses(layer * experts + np.unique(together[:, layer]))
-        rule.victims(resident, experts)
+        for slot in ended:
+            estimator.finish(str(slot))
+        estimator.observe_step(rows, chosen)
+        share = estimator.step_share({request: 1 for request, _ in rows}) if policy == "eam" else None
+        planner.learn(chosen, share)
+        plan = planner.plan(share)
         costs.append((time.perf_counter() - start) / layers * 1e6)
-        for slot in range(requests):
-            ages[slot] += 1
-            if ages[slot] >= length:
-                ages[slot] = 0
-                start = time.perf_counter()
-                estimator.finish(str(slot))
-                costs[-1] += (time.perf_counter() - start) / layers * 1e6
-                estimator.observe_step({str(slot): draw(slot, 1)})
+        ages = [0 if slot in ended else age + 1 for slot, age in enumerate(ages)]
         if step == 0:
             costs.clear()  # the first step predicts all requests at once
     return costs
+
+
+def serve(planner: VictimPlanner, plan: Plan, chosen: npt.NDArray[np.integer]) -> None:
+    """What the device does with a plan in a step, and its report."""
+    layers, experts = planner.policy.num_layers, planner.policy.num_experts
+    used = np.zeros(layers * experts, dtype=bool)
+    used[chosen + np.arange(0, layers * experts, experts)[:, None]] = True
+    absent = np.flatnonzero(used & (planner.rows >= planner.num_slots))
+    planner.accesses, planner.misses = int(used.sum()), len(absent)
+    taken = plan.slots[: plan.queued][: int(plan.admitted[absent].sum())]
+    key_of = np.zeros(planner.num_slots, dtype=np.int64)
+    held = np.flatnonzero(planner.rows < planner.num_slots)
+    key_of[planner.rows[held]] = held
+    planner.rows[key_of[taken]] = planner.num_slots
+    planner.rows[absent[plan.admitted[absent] != 0][: len(taken)]] = taken
 
 
 def draw_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -338,6 +349,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[Headline]:
 
 def measure_cost(out: Path, steps: int) -> None:
     """Write what a decision costs, lru and eam."""
+    decision_cost("eam", 2)  # compiles
     costs = {policy: decision_cost(policy, steps) for policy in ("lru", "eam")}
     rows = [
         Headline(

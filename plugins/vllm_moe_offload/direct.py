@@ -30,13 +30,12 @@ from vllm_moe_offload.policy import EvictionPolicy, make_policy
 from vllm_moe_offload.promote import Promoter
 from vllm_moe_offload.residency import HEADER, NUM_COUNTERS, Residency
 from vllm_moe_offload.store import HostExpertStore
+from vllm_moe_offload.victims import Plan, VictimPlanner
 
 _IN_FLIGHT = 4  # steps launched whose reports were not read yet
 # From this many choices for each expert on, nearly all experts are needed and each by several blocks of
 # tokens: reading them in place would cost the link several times.
 _STREAM_CHOICES = 8
-# Victims queued, in misses of the last step.
-_QUEUED_STEPS = 4
 
 
 @dataclass
@@ -101,6 +100,9 @@ class DirectCache:
         self.store, self.num_slots, self.device = store, len(slabs), slabs.device
         layers, experts = store.num_layers, store.num_experts
         self.policy = make_policy(policy, layers, experts) if isinstance(policy, str) else policy
+        self._planner = VictimPlanner(
+            self.policy, num_slots=self.num_slots, own_slots=self.num_slots - host_slots
+        )
         self.counters = CacheStats()
         self.share: npt.NDArray[np.float64] | None = None
         self.views = store.layout.views(slabs)
@@ -119,14 +121,8 @@ class DirectCache:
         self._pending: deque[tuple[StepReport, Tensor, torch.cuda.Event | None]] = deque()
         self._tick = 0  # of the last step begun
         self._learned = self._known = 0  # of the last step learned from, and when the victims were ranked
-        self._last_accesses = self._last_misses = 0
-        self._rows = np.zeros(layers * experts, dtype=np.int64)
         self._counted = np.zeros(NUM_COUNTERS, dtype=np.int64)
-        self._own_slots = self.num_slots - host_slots
-        # Victims for the next step, and how many of them are not only for large batches.
-        self._queue: npt.NDArray[np.int32] | None = np.arange(self._own_slots, dtype=np.int32)
-        self._queued = self._own_slots
-        self._admitted = np.ones(layers * experts, dtype=np.uint8)
+        self._plan: Plan | None = self._planner.first_plan()  # None: the device has it already
         self._fill()
         self._promoter = None
         if host_slots:
@@ -183,16 +179,16 @@ class DirectCache:
         message, admit = self._uploads[0]
         header = message[:HEADER].numpy()
         header[residency.TOKENS], header[residency.TICK] = num_tokens, self._tick
-        if self._queue is None:
+        plan, self._plan = self._plan, None
+        if plan is None:
             size = residency.AS_OF  # the victims stay, and so does what else the header says of them
         else:
-            (queue, admitted), self._queue = (self._queue, self._admitted), None
             header[residency.AS_OF], header[residency.HEAD] = self._known, 0
-            header[residency.QUEUE] = self._queued
-            header[residency.STREAM] = min(len(queue), self.store.num_experts)
-            message[HEADER : HEADER + len(queue)].numpy()[:] = queue
-            size = HEADER + len(queue)
-            admit.numpy()[:] = admitted
+            header[residency.QUEUE] = plan.queued
+            header[residency.STREAM] = min(len(plan.slots), self.store.num_experts)
+            size = HEADER + len(plan.slots)
+            message[HEADER:size].numpy()[:] = plan.slots
+            admit.numpy()[:] = plan.admitted
             self._r.admit.copy_(admit, non_blocking=True)
         self._r.control[:size].copy_(message[:size], non_blocking=True)
 
@@ -207,7 +203,7 @@ class DirectCache:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
         _, layers, top_k = self._r.trace.shape
-        first = NUM_COUNTERS + len(self._rows)
+        first = NUM_COUNTERS + len(self._r.row_of)
         choices = buffer[first:].view(torch.int32)[: num_tokens * layers * top_k]
         chosen = choices.view(-1, layers, top_k).numpy()
         self._pending.append((StepReport(self._tick, chosen, note), buffer, event))
@@ -229,37 +225,13 @@ class DirectCache:
 
     def plan_ahead(self) -> None:
         """Queue victims for the steps to come, by the policy and what it knows now, and choose prefetches."""
-        held = np.flatnonzero((self._rows >= 0) & (self._rows < self._own_slots))
-        self.policy.on_layer(0, self.share)
-        # While the slots hold what a step needs, every missing expert gets one, and recency counts. Beyond
-        # that it would push out what the next step needs.
-        worth = self.policy.worth() if self._last_accesses > len(held) else None
-        if worth is None:
-            # A step finds the victims of the one or two before it used up.
-            count = min(len(held), max(_QUEUED_STEPS * self._last_misses, self.store.num_experts))
-            victims = self.policy.victims(held, count) if count else held
-            self._queued, self._admitted[:] = len(victims), 1
-        else:
-            victims = self._trade(held, worth)
-        self._queue = self._rows[victims].astype(np.int32)
+        plan = self._planner.plan(self.share)
         self._known = self._learned
         if self._promoter is not None and self.share is not None:
-            self._promoter.plan(self.share, self._rows, self._learned)
+            self._promoter.plan(self.share, self._planner.rows, self._learned)
             # Else the device would often be first to bring in the same experts.
-            self._admitted[self._promoter.claimed] = 0
-
-    def _trade(
-        self, held: npt.NDArray[np.int64], worth: npt.NDArray[np.float64] | npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Victims, least worth first. As many are queued, and as many experts admitted, as gain by it."""
-        absent = np.flatnonzero((self._rows < 0) | (self._rows >= self.num_slots))
-        held = held[np.argsort(worth[held], kind="stable")]
-        absent = absent[np.argsort(-worth[absent], kind="stable")]
-        pairs = min(len(held), len(absent))
-        self._queued = int((worth[absent[:pairs]] > worth[held[:pairs]]).sum())
-        self._admitted[:] = 0
-        self._admitted[absent[: self._queued]] = 1
-        return held[: max(self._queued, self.store.num_experts)]
+            plan.admitted[self._promoter.claimed] = 0
+        self._plan = plan
 
     def verify(self) -> None:
         """Compare every slot with the store; waits for the device.
@@ -306,13 +278,13 @@ class DirectCache:
             self._r.jobs[: len(part), 1] = part
             self._r.control[residency.JOBS] = len(part)
             self._kernels.pull_records(self._r)
-        self._rows = self._r.row_of.cpu().numpy().copy()
+        self._planner.rows = self._r.row_of.cpu().numpy().copy()
 
     def _learn(self, report: StepReport, words: npt.NDArray[np.int64]) -> None:
-        layers, experts = self.store.num_layers, self.store.num_experts
         new = words[:NUM_COUNTERS] - self._counted
         self._counted = words[:NUM_COUNTERS].copy()
-        self._rows = words[NUM_COUNTERS : NUM_COUNTERS + layers * experts].copy()
+        planner = self._planner
+        planner.rows = words[NUM_COUNTERS : NUM_COUNTERS + len(planner.rows)].copy()
         accesses, misses, pulls = new[:3].tolist()
         counters = self.counters
         counters.accesses += accesses
@@ -323,15 +295,10 @@ class DirectCache:
         counters.in_place += misses - pulls
         counters.bytes_host_to_device += pulls * self.store.layout.expert_nbytes
         count_moved("dram->hbm", misses * self.store.layout.expert_nbytes)
-        self._last_accesses, self._last_misses = accesses, misses
-
-        used = np.zeros((layers, experts), dtype=bool)
-        used[np.arange(layers)[:, None], report.chosen] = True
-        for layer in range(layers):
-            self.policy.on_layer(layer, self.share)
-            self.policy.on_accesses(np.flatnonzero(used[layer]) + layer * experts)
+        planner.accesses, planner.misses = accesses, misses
+        used = planner.learn(report.chosen, self.share)
         if self._promoter is not None:
-            self._promoter.saw(used.reshape(-1), self._rows)
+            self._promoter.saw(used.reshape(-1), planner.rows)
             counters.prefetch_used = self._promoter.used
         self._learned = report.tick
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,11 @@ class EAMTracer:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
         self._matrices: dict[str, Matrix] = {}
+        self._choices: dict[str, int] = {}  # at the first layer
+        self._first_key = np.arange(num_layers)[:, None] * num_experts
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._matrices
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -39,12 +45,16 @@ class EAMTracer:
         ids = np.asarray(expert_ids).reshape(-1)
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"trace: layer {layer} of {self.num_layers}")
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.num_experts):
-            raise IndexError(f"trace: expert ids {ids.min()}..{ids.max()} of {self.num_experts}")
+        self._check(ids)
         self._live(request_id)[layer] += np.bincount(ids, minlength=self.num_experts)
+        self._choices[request_id] += len(ids) * (layer == 0)
 
-    def record_step(self, request_id: str, expert_ids: npt.NDArray[np.integer]) -> None:
-        """Count choices of a request at all layers; ``expert_ids`` is ``[tokens, layers, top_k]``.
+    def record_step(self, rows: Sequence[tuple[str, slice]], expert_ids: npt.NDArray[np.integer]) -> None:
+        """Count the choices of a step at all layers.
+
+        Args:
+            rows: the requests of the step, each with its tokens.
+            expert_ids: ``[tokens, layers, top_k]``.
 
         Raises:
             ValueError: another number of layers.
@@ -53,19 +63,25 @@ class EAMTracer:
         ids = np.asarray(expert_ids)
         if ids.ndim != 3 or ids.shape[1] != self.num_layers:
             raise ValueError(f"trace: expert_ids must be [tokens, {self.num_layers}, top_k], got {ids.shape}")
-        if ids.size and not (ids.min() >= 0 and ids.max() < self.num_experts):
-            raise IndexError(f"trace: expert ids {ids.min()}..{ids.max()} of {self.num_experts}")
-        keys = ids + np.arange(0, self.num_layers * self.num_experts, self.num_experts)[:, None]
-        np.add.at(self._live(request_id).reshape(-1), keys.reshape(-1), 1)
+        self._check(ids)
+        keys = ids + self._first_key
+        for request, part in rows:
+            np.add.at(self._live(request).reshape(-1), keys[part].reshape(-1), 1)
+            self._choices[request] += keys[part, 0].size
 
     def choices(self, request_id: str) -> int:
         """Choices counted so far at the first layer; KeyError if the request is not live."""
-        return int(self._matrices[request_id][0].sum())
+        return self._choices[request_id]
+
+    def _check(self, ids: npt.NDArray[np.integer]) -> None:
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.num_experts):
+            raise IndexError(f"trace: expert ids {ids.min()}..{ids.max()} of {self.num_experts}")
 
     def _live(self, request_id: str) -> Matrix:
         matrix = self._matrices.get(request_id)
         if matrix is None:
             matrix = self._matrices[request_id] = np.zeros((self.num_layers, self.num_experts), np.int64)
+            self._choices[request_id] = 0
         return matrix
 
     def matrix(self, request_id: str) -> Matrix:
@@ -74,11 +90,13 @@ class EAMTracer:
 
     def finish(self, request_id: str) -> Matrix:
         """The final matrix; the request is forgotten. KeyError if it is not live."""
+        del self._choices[request_id]
         return self._matrices.pop(request_id)
 
     def discard(self, request_id: str) -> None:
         """Forget an aborted or preempted request; an unknown one is ignored."""
         self._matrices.pop(request_id, None)
+        self._choices.pop(request_id, None)
 
 
 def eam_distance(observed: Matrix, stored: Matrix) -> float:
@@ -99,8 +117,8 @@ class EAMCollection:
     """At most ``capacity`` matrices of finished requests.
 
     When it is full, the non-persistent entry least often nearest to a query is replaced, the oldest of
-    equals. Rows are normalised once, when an entry is added, and kept by (layer, expert), so that a query
-    reads only the experts it has used.
+    equals. Counts are kept twice, in the narrowest unsigned type that holds them: by entry, and by (layer,
+    expert), so that a query reads only the experts it has used.
 
     Attributes:
         model_id: the model whose requests these were, if known; kept in the file.
@@ -112,12 +130,13 @@ class EAMCollection:
         self.num_layers, self.num_experts, self.capacity = num_layers, num_experts, capacity
         self.model_id = ""
         self._len = 0
-        self._matrices = np.zeros((0, num_layers, num_experts), dtype=np.int64)
-        self._unit = np.zeros((num_layers * num_experts, 0))
+        self._by_entry = np.zeros((0, num_layers, num_experts), dtype=np.uint16)
+        self._by_key = np.zeros((num_layers, num_experts, 0), dtype=np.uint16)
+        self._sums = np.zeros((0, num_layers), dtype=np.int64)  # of rows
+        self._norms = np.zeros((num_layers, 0))  # of rows
         self._persistent = np.zeros(0, dtype=bool)
         self._nearest = np.zeros(0, dtype=np.int64)  # how often an entry was nearest
-        self._added = np.zeros(0, dtype=np.int64)
-        self._choices = 0  # at the first layers of all entries
+        self._added = np.zeros(0, dtype=np.int64)  # when an entry was added
         self._clock = 0
 
     def __len__(self) -> int:
@@ -125,49 +144,62 @@ class EAMCollection:
 
     @property
     def matrices(self) -> Matrix:
-        """int64 ``[len, layers, experts]``; a read-only view."""
-        view = self._matrices[: self._len]
-        view.flags.writeable = False
-        return view
+        """int64 ``[len, layers, experts]``, a copy."""
+        return self._by_entry[: self._len].astype(np.int64)
 
     @property
     def mean_choices(self) -> float:
         """Mean count of a request's first layer; 0 for an empty collection."""
-        return self._choices / self._len if self._len else 0.0
+        return int(self._sums[: self._len, 0].sum()) / self._len if self._len else 0.0
 
     def add(self, eam: Matrix, *, persistent: bool = False) -> int:
         """Store a matrix and return the index it was written to.
 
         Raises:
-            ValueError: another shape, or full of persistent entries.
+            ValueError: another shape, counts that cannot be, or full of persistent entries.
         """
         matrix = np.asarray(eam, dtype=np.int64)
         if matrix.shape != (self.num_layers, self.num_experts):
             raise ValueError(
                 f"EAM collection holds [{self.num_layers}, {self.num_experts}] matrices, got {matrix.shape}"
             )
+        if not (matrix.min(initial=0) >= 0 and matrix.max(initial=0) < 2**32):
+            raise ValueError(
+                f"EAM collection: counts must be in [0, 2**32), found {matrix.min()}..{matrix.max()}"
+            )
         index = self._place()
-        self._choices += int(matrix[0].sum()) - int(self._matrices[index, 0].sum())
-        self._matrices[index] = matrix
-        self._unit[:, index] = _unit_rows(matrix).reshape(-1)
+        dtype = np.promote_types(self._by_entry.dtype, np.min_scalar_type(int(matrix.max(initial=0))))
+        if dtype != self._by_entry.dtype:
+            self._by_entry, self._by_key = self._by_entry.astype(dtype), self._by_key.astype(dtype)
+        self._by_entry[index] = matrix
+        self._by_key[:, :, index] = matrix
+        self._sums[index] = matrix.sum(axis=1)
+        self._norms[:, index] = _norms(matrix)
         self._persistent[index], self._nearest[index], self._added[index] = persistent, 0, self._clock
         self._clock += 1
         return index
 
     def distances(self, observed: Matrix) -> Shares:
         """:func:`eam_distance` to each entry, float64 ``[len]``; notes which entry was nearest."""
+        from vllm_moe_offload import eam_kernels
+
         matrix = np.asarray(observed)
-        layers = int(matrix.any(axis=1).sum())
-        if not layers:
+        if not self._len or not matrix.any():
             return np.ones(self._len)
-        unit = _unit_rows(matrix).reshape(-1)
-        used = np.flatnonzero(unit)
-        # Beyond a third of the rows, picking them costs more than reading all.
-        known = self._unit if 3 * len(used) > len(unit) else self._unit[used]
-        distances = 1.0 - ((unit if known is self._unit else unit[used]) @ known)[: self._len] / layers
-        if self._len:
-            self._nearest[int(distances.argmin())] += 1
+        distances = 1.0 - eam_kernels.similarities(
+            matrix, _norms(matrix), self._by_key, self._norms, self._len
+        )
+        self._nearest[int(distances.argmin())] += 1
         return distances
+
+    def mean_shares(self, entries: npt.NDArray[np.integer], weights: Shares) -> Shares:
+        """``sum_i weights[i] * rownormalise(matrices[entries[i]])``, float64 ``[layers, experts]``.
+
+        A zero row counts as a uniform one.
+        """
+        from vllm_moe_offload import eam_kernels
+
+        return eam_kernels.weighted_shares(self._by_entry, self._sums, entries, weights)
 
     def _place(self) -> int:
         """Index for a new entry: the next free one, or that of the entry which is replaced."""
@@ -176,15 +208,17 @@ class EAMCollection:
             if not len(free):
                 raise ValueError(f"EAM collection is full of persistent entries (capacity {self.capacity})")
             return int(free[np.lexsort((self._added[free], self._nearest[free]))[0]])
-        if self._len == len(self._matrices):
+        if self._len == len(self._by_entry):
             self._resize(min(max(2 * self._len, 8), self.capacity))
         self._len += 1
         return self._len - 1
 
     def _resize(self, room: int) -> None:
-        more = room - len(self._matrices)
-        self._matrices = np.pad(self._matrices, ((0, more), (0, 0), (0, 0)))
-        self._unit = np.pad(self._unit, ((0, 0), (0, more)))
+        more = room - len(self._by_entry)
+        self._by_entry = np.pad(self._by_entry, ((0, more), (0, 0), (0, 0)))
+        self._by_key = np.pad(self._by_key, ((0, 0), (0, 0), (0, more)))
+        self._sums = np.pad(self._sums, ((0, more), (0, 0)))
+        self._norms = np.pad(self._norms, ((0, 0), (0, more)))
         self._persistent, self._nearest, self._added = (
             np.pad(array, (0, more)) for array in (self._persistent, self._nearest, self._added)
         )
@@ -193,7 +227,7 @@ class EAMCollection:
         """Write a compressed ``.npz``; a file already there is replaced only by a complete one."""
         save_npz(
             path,
-            matrices=self._matrices[: self._len],
+            matrices=self.matrices,
             persistent=self._persistent[: self._len],
             nearest=self._nearest[: self._len],
             added=self._added[: self._len],
@@ -211,29 +245,27 @@ class EAMCollection:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                matrices = file["matrices"]
-                _, layers, experts = matrices.shape
-                collection = cls(layers, experts, int(file["capacity"]))
-                collection._matrices = matrices.astype(np.int64)
-                collection._unit = np.ascontiguousarray(_unit_rows(matrices).reshape(len(matrices), -1).T)
-                collection._len = len(matrices)
-                collection._choices = int(matrices[:, 0].sum())
-                collection._persistent = file["persistent"].astype(bool)
-                collection._nearest = file["nearest"].astype(np.int64)
-                collection._added = file["added"].astype(np.int64)
-                collection.model_id = str(file["model_id"]) if "model_id" in file else ""
-                if {len(collection._persistent), len(collection._nearest), len(collection._added)} != {
-                    len(matrices)
-                }:
-                    raise ValueError("its arrays have different lengths")
+                matrices, capacity = file["matrices"], int(file["capacity"])
+                uses = {name: file[name] for name in ("persistent", "nearest", "added")}
+                model_id = str(file["model_id"]) if "model_id" in file else ""
+            if {len(values) for values in uses.values()} != {len(matrices)}:
+                raise ValueError("its arrays have different lengths")
+            if len(matrices) > capacity:
+                raise ValueError(f"it has {len(matrices)} entries and room for {capacity}")
+            _, layers, experts = matrices.shape
+            collection = cls(layers, experts, capacity)
+            for matrix in matrices:
+                collection.add(matrix)
+            collection._persistent[: len(matrices)] = uses["persistent"]
+            collection._nearest[: len(matrices)] = uses["nearest"]
+            collection._added[: len(matrices)] = uses["added"]
         except (KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, ValueError) as error:
             raise ValueError(f"{path} is no EAM collection: {error}") from error
-        collection._clock = int(collection._added.max(initial=-1)) + 1
+        collection.model_id = model_id
+        collection._clock = int(uses["added"].max(initial=-1)) + 1
         return collection
 
 
-def _unit_rows(matrix: npt.NDArray[np.integer]) -> Shares:
-    """Rows scaled to length 1; zero rows stay zero."""
-    rows = matrix.astype(np.float64)
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+def _norms(matrix: Matrix) -> Shares:
+    """Length of each row."""
+    return np.linalg.norm(matrix.astype(np.float64), axis=-1)

@@ -48,6 +48,17 @@ class EvictionPolicy(ABC):
         self._last_access[keys] = np.arange(self._now, self._now + len(keys))
         self._now += len(keys)
 
+    def on_step(self, used: npt.NDArray[np.bool_], share: npt.NDArray[np.float64] | None) -> None:
+        """A whole pass over the layers, after the fact: ``on_layer`` and ``on_accesses`` of each in turn.
+
+        Args:
+            used: bool ``[layers, experts]``, what each layer used.
+            share: as for :meth:`on_layer`.
+        """
+        for layer in range(self.num_layers):
+            self.on_layer(layer, share)
+            self.on_accesses(np.flatnonzero(used[layer]) + layer * self.num_experts)
+
     def on_prefetch(self, key: int) -> None:
         """The expert ``key`` was fetched ahead: as young as an access, but none."""
         self._last_access[key] = self._now
@@ -94,7 +105,15 @@ class EvictionPolicy(ABC):
         """Rank of each candidate; the lowest is evicted."""
 
 
-class LeastRecentlyUsed(EvictionPolicy):
+class _ByHistory(EvictionPolicy):
+    """A policy to which layers are only names of experts: a pass counts as one list of accesses."""
+
+    def on_step(self, used: npt.NDArray[np.bool_], share: npt.NDArray[np.float64] | None) -> None:
+        self.on_layer(self.num_layers - 1, share)
+        self.on_accesses(np.flatnonzero(used))
+
+
+class LeastRecentlyUsed(_ByHistory):
     """Evict the oldest access."""
 
     name = "lru"
@@ -103,7 +122,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         return self._last_access[keys]
 
 
-class LeastFrequentlyUsed(EvictionPolicy):
+class LeastFrequentlyUsed(_ByHistory):
     """Evict the fewest accesses ever, counted also while absent."""
 
     name = "lfu"
@@ -169,27 +188,70 @@ class ActivationAware(EvictionPolicy):
         if self._running is not None:
             self._running[1][keys - self.layer * self.num_experts] = True
 
+    def on_step(self, used: npt.NDArray[np.bool_], share: npt.NDArray[np.float64] | None) -> None:  # noqa: D102
+        layers, experts = used.shape
+        counts = used.sum(axis=1).tolist()
+        if layers == 1 or not all(counts):
+            super().on_step(used, share)  # in a pass with gaps the layers' turns differ
+            return
+        self.on_layer(0, share)
+        assert self._running is not None
+        classes = np.empty(used.shape, dtype=np.int64)
+        classes[0] = self._running[0]
+        # A layer's classes are taken when its turn comes, with the mean that the layers before it left.
+        distinct = np.empty(layers)
+        for layer, count in enumerate(counts):
+            distinct[layer] = self._distinct
+            if layer < layers - 1:
+                self._distinct += (count - self._distinct) / layers
+        keys = np.arange(experts, layers * experts)
+        classes[1:] = self._classes(keys, self._pass, distinct[1:].repeat(experts))[0].reshape(-1, experts)
+        self._count(classes[:-1], used[:-1])
+        EvictionPolicy.on_layer(self, layers - 1, share)
+        keys = np.flatnonzero(used)
+        EvictionPolicy.on_accesses(self, keys)
+        self._last_pass[keys] = self._pass
+        self._running = classes[-1], used[-1].copy()
+
     def _learn(self) -> None:
-        """Count what the layer that just ran used, by the classes its experts were in before."""
+        """Learn from what the layer that just ran used."""
         if self._running is None or not self._running[1].any():
             return
         classes, used = self._running
-        size = len(self._tried)
-        self._tried += np.bincount(classes, minlength=size)
-        self._used += np.bincount(classes[used], minlength=size)
+        self._count(classes[None], used[None])
         self._distinct += (int(used.sum()) - self._distinct) / self.num_layers
-        if self._tried.sum() > self._PASSES_REMEMBERED * self.num_layers * self.num_experts:
-            self._tried /= 2
-            self._used /= 2
+
+    def _count(self, classes: npt.NDArray[np.int64], used: npt.NDArray[np.bool_]) -> None:
+        """Count what layers ``[n, experts]`` used, by the classes that the experts were in before."""
+        limit = self._PASSES_REMEMBERED * self.num_layers * self.num_experts
+        # The layer with which the memory is full; what comes after it counts in full.
+        full = max(int((limit - self._tried.sum()) // self.num_experts), 0) + 1
+        for part in (slice(0, full), slice(full, None)):
+            size = len(self._tried)
+            self._tried += np.bincount(classes[part].reshape(-1), minlength=size)
+            self._used += np.bincount(classes[part][used[part]], minlength=size)
+            if self._tried.sum() > limit:
+                self._tried /= 2
+                self._used /= 2
 
     def _classes(
-        self, keys: npt.NDArray[np.int64], due: int | npt.NDArray[np.int64]
+        self,
+        keys: npt.NDArray[np.int64],
+        due: int | npt.NDArray[np.int64],
+        distinct: float | npt.NDArray[np.float64] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Class of each key in its pass ``due``, and the probability that the share alone suggests."""
+        """Class of each key in its pass ``due``, and the probability that the share alone suggests.
+
+        Args:
+            keys: the keys.
+            due: the pass of each.
+            distinct: expected experts of its layer; default: as known now.
+        """
+        distinct = self._distinct if distinct is None else distinct
         if self._share is None:
-            probability = np.full(len(keys), min(self._distinct / self.num_experts, 1.0))
+            probability = np.broadcast_to(np.minimum(distinct / self.num_experts, 1.0), keys.shape)
         else:
-            probability = -np.expm1(-self._share[keys] * self._distinct)
+            probability = -np.expm1(-self._share[keys] * distinct)
         # The binary exponent: shares within a factor of two are one class.
         by_share = np.clip(np.frexp(probability)[1] + _SHARE_CLASSES - 1, 0, _SHARE_CLASSES - 1)
         by_age = _AGE_CLASS[np.minimum(due - self._last_pass[keys], _AGE_CLASS.size - 1)]
@@ -204,7 +266,7 @@ class ActivationAware(EvictionPolicy):
         return -(ahead + self.num_layers * (later + 1 / np.maximum(probability, 1e-6)))
 
 
-class ActivationAwareReference(EvictionPolicy):
+class ActivationAwareReference(_ByHistory):
     """As MoE-Infinity's code evicts: fewest accesses while resident, regardless of any prediction."""
 
     name = "eam_reference"

@@ -65,23 +65,22 @@ class EAMPredictor:
             return np.full(shape, 1 / shape[1])
         distances = self.collection.distances(observed)
         if self.temperature == 0:
-            return row_shares(self.collection.matrices[int(distances.argmin())])
+            return self.collection.mean_shares(np.asarray([distances.argmin()]), np.ones(1))
         weights = np.exp((distances.min() - distances) / self.temperature)
         # Far entries weigh nothing: leaving them out changes the result by less than their weight.
         kept = np.flatnonzero(weights > weights.sum() * 1e-13)
         if count < len(kept):
             kept = kept[np.argpartition(-weights[kept], count)[:count]]
-        total = np.zeros((self.collection.num_layers, self.collection.num_experts))
-        # One entry at a time stays in the processor's cache: nine times faster than all at once.
-        for index, weight in zip(kept, weights[kept] / weights[kept].sum(), strict=True):
-            total += weight * row_shares(self.collection.matrices[index])
-        return total
+        return self.collection.mean_shares(kept, weights[kept] / weights[kept].sum())
 
 
 def row_shares(matrices: npt.NDArray[Any]) -> Shares:
     """Counts ``[..., layers, experts]`` divided by their row sums; zero rows become uniform."""
     rows = matrices.astype(np.float64)
     sums = rows.sum(axis=-1, keepdims=True)
+    if sums.all():
+        rows /= sums
+        return rows
     return np.where(sums > 0, rows / np.where(sums > 0, sums, 1), 1 / rows.shape[-1])
 
 

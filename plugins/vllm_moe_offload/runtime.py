@@ -265,7 +265,7 @@ class ModelOffload:
     def _trace(self, pool: int, report: StepReport) -> None:
         note = report.note
         self._forget(pool, note.ended)
-        self.estimators[pool].observe_step({request: report.chosen[part] for request, part in note.rows})
+        self.estimators[pool].observe_step(note.rows, report.chosen)
         if self.recorder is not None and pool == 0 and note.rows:
             for layer in range(report.chosen.shape[1]):
                 self.recorder.record(note.number, layer, note.rows, report.chosen[:, layer])
@@ -409,6 +409,8 @@ class ModelOffload:
         if known is None:
             known = EAMCollection(store.num_layers, store.num_experts, self.config.eam_capacity)
             known.model_id = self.model_id
+        from vllm_moe_offload import eam_kernels  # noqa: F401 - compiled here rather than in a step
+
         self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
         if self.config.record_trace and self.recorder is None:
             self.recorder = TraceRecorder(store.num_layers, store.num_experts, top_k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ class ShareEstimator:
     def start_step(self, tokens: Mapping[str, int]) -> None:
         """A step begins that computes so many tokens of each request."""
         self._tokens = dict(tokens)
-        self._new = [request for request in tokens if request not in self.tracer.live]
+        self._new = [request for request in tokens if request not in self.tracer]
         self._known = None
 
     def share(self) -> Shares | None:
@@ -78,18 +78,21 @@ class ShareEstimator:
         for request, experts in chosen.items():
             self.tracer.record(request, layer, experts)
 
-    def observe_step(self, chosen: Mapping[str, npt.NDArray[np.integer]]) -> None:
-        """Experts ``[tokens, layers, top_k]`` that the router chose for each request in a whole step."""
-        for request, experts in chosen.items():
-            self.tracer.record_step(request, experts)
+    def observe_step(self, rows: Sequence[tuple[str, slice]], chosen: npt.NDArray[np.integer]) -> None:
+        """Experts ``[tokens, layers, top_k]`` that the router chose in a step with these rows."""
+        self.tracer.record_step(rows, chosen)
 
     def step_share(self, tokens: Mapping[str, int]) -> Shares | None:
         """Share for a coming step with so many tokens of each request; None if none of them has run."""
+        known = [request for request in tokens if request in self.tracer]
+        if not known:
+            return None
         total = self._zeros()
-        for request, count in tokens.items():
-            if request in self.tracer.live:
-                total += count * self._believed(request)
-        return total / max(sum(tokens.values()), 1) if total.any() else None
+        for request in known:
+            believed = self._believed(request)
+            total += believed if tokens[request] == 1 else tokens[request] * believed
+        total /= max(sum(tokens.values()), 1)
+        return total
 
     def finish(self, request: str) -> npt.NDArray[np.int64]:
         """A request is done: its matrix joins the collection and is returned. KeyError if it is not live."""
@@ -107,7 +110,7 @@ class ShareEstimator:
         return np.zeros((self.tracer.num_layers, self.tracer.num_experts))
 
     def _first_expected(self, request: str) -> Shares:
-        live = request in self.tracer.live
+        live = request in self.tracer
         return self._predictor.expect(self.tracer.matrix(request) if live else self._zeros().astype(np.int64))
 
     def _believed(self, request: str) -> Shares:

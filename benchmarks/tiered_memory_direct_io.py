@@ -3,12 +3,15 @@
 python benchmarks/tiered_memory_direct_io.py [--out FOLDER] [--folder DIR] [--gigabytes N] [--repeats N]
 
 Reads of 16 MiB by 1 to 16 threads, cold (pages dropped before each sweep) and resident, against plain preadv
-with and without O_DIRECT into the same buffers in the same run.
+with and without O_DIRECT into the same page-aligned buffers of small pages in the same run. `shifted` reads
+to addresses 64 bytes further, as tensors lie: cold, that goes by way of DirectReader's own buffers
+in huge pages.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import mmap
 import os
@@ -40,6 +43,14 @@ def sweep(read: Callable[[int, int], None], size: int, workers: int) -> None:
             job.result()
 
 
+def small_pages(nbytes: int) -> torch.Tensor:
+    """Populated memory in pages of 4 KiB."""
+    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(buffer, dtype=torch.uint8).zero_()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -48,8 +59,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     size = int(options.gigabytes * 1e9) // BLOCK * BLOCK
-    memory = [torch.frombuffer(mmap.mmap(-1, BLOCK), dtype=torch.uint8) for _ in range(max(THREADS))]
-    views = [tensor.numpy().data for tensor in memory]
+    memory = [small_pages(BLOCK + mmap.PAGESIZE) for _ in range(max(THREADS))]
+    views = [tensor[:BLOCK].numpy().data for tensor in memory]
     with tempfile.NamedTemporaryFile(dir=options.folder, prefix="direct-io-") as file:
         block = os.urandom(BLOCK)
         for _ in range(size // BLOCK):
@@ -63,8 +74,8 @@ def main() -> None:
             def plain(fd: int, offset: int, worker: int) -> None:
                 assert os.preadv(fd, [views[worker]], offset) == BLOCK
 
-            def ours(offset: int, worker: int) -> None:
-                reader.read_into(memory[worker], offset)
+            def ours(shift: int, offset: int, worker: int) -> None:
+                reader.read_into(memory[worker][shift : shift + BLOCK], offset)
 
             arms: dict[str, Callable[[], None]] = {}
             for workers in THREADS:
@@ -74,9 +85,10 @@ def main() -> None:
                     arms[f"{kind}, plain preadv, {workers} threads"] = functools.partial(
                         sweep, raw, size, workers
                     )
-                    arms[f"{kind}, DirectReader, {workers} threads"] = functools.partial(
-                        sweep, ours, size, workers
-                    )
+                    for shift, who in ((0, "DirectReader"), (64, "DirectReader shifted")):
+                        arms[f"{kind}, {who}, {workers} threads"] = functools.partial(
+                            sweep, functools.partial(ours, shift), size, workers
+                        )
             for turn in range(options.repeats):
                 for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
                     if name.startswith("cold"):
@@ -95,12 +107,13 @@ def main() -> None:
     for kind in ("cold", "resident"):
         best = {
             who: min(statistics.median(seconds[f"{kind}, {who}, {n} threads"]) for n in THREADS)
-            for who in ("plain preadv", "DirectReader")
+            for who in ("plain preadv", "DirectReader", "DirectReader shifted")
         }
-        share = best["plain preadv"] / best["DirectReader"]
-        what = f"{kind}: best of DirectReader, share of the best plain sweep"
-        headline.append(Headline(what, share, "x", target=">= 0.95"))
-        print(what, round(share, 3))
+        for who in ("DirectReader", "DirectReader shifted"):
+            share = best["plain preadv"] / best[who]
+            what = f"{kind}: best of {who}, share of the best plain sweep"
+            headline.append(Headline(what, share, "x", target=">= 0.95"))
+            print(what, round(share, 3))
     write_result(
         "tiered_memory_direct_io",
         question="Does DirectReader keep the disk busy, and does its probe of the page cache cost anything?",

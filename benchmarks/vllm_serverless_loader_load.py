@@ -1,11 +1,13 @@
 """How fast are tensors loaded into existing parameters on a CPU, cold and from the page cache?
 
 python benchmarks/vllm_serverless_loader_load.py [--out FOLDER] [--folder DIR] [--gigabytes N] [--repeats N]
+    [--budget SECONDS]
 
 Cold: the file's pages are dropped from the page cache (fsync, POSIX_FADV_DONTNEED) before each load; the
-limit is a sweep of raw O_DIRECT reads in the same run. Warm: the file is resident; the limit is a plain
-preadv into the parameters. All arms fill the same preallocated parameters, in turns. Peers that are not
-importable are left out.
+limit is the best sweep of raw O_DIRECT reads of the same run, into small and into huge pages. Warm: the file
+is resident; the limit is a plain preadv into memory. All arms fill the same preallocated parameters, in
+turns, and are compared bit for bit before. Peers are called as their documentation does; one that is not
+importable or fails is named in the result under ``peers``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 
-from benchmarks.common import RESULTS, Headline, interleaved, write_result  # noqa: E402
+from benchmarks.common import RESULTS, Headline, write_result  # noqa: E402
 from vllm_serverless_loader import HostCache, LoadOptions, open_checkpoint, write_partition  # noqa: E402
 
 CHUNK = 16 << 20
+SAFETENSORS = "safetensors"  # sharded_state reads its files in the same way
+OURS = "ours, own format"
+UNVERIFIED = "ours, own format, not verified"
+PLAIN = "ours, safetensors"
+Arms = dict[str, Callable[[], Any]]
 
 
 def make(folder: Path, nbytes: int) -> dict[str, torch.Tensor]:
@@ -59,6 +68,16 @@ def drop(folder: Path) -> None:
         os.close(fd)
 
 
+def memory(nbytes: int, *, huge: bool) -> mmap.mmap:
+    """Populated memory in huge pages, or in small ones."""
+    nbytes = -(-nbytes // (2 << 20)) * (2 << 20)
+    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        buffer.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    torch.frombuffer(buffer, dtype=torch.uint8).zero_()
+    return buffer
+
+
 def raw(path: Path, workers: int, buffer: mmap.mmap, *, direct: bool) -> None:
     """All of a file with plain preadv: the limit."""
     fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
@@ -81,43 +100,38 @@ def fill(into: Mapping[str, torch.Tensor], pairs: Any) -> None:
         into[name].copy_(tensor)
 
 
-def peers(folder: Path, into: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], None]]:
-    """Other loaders that can be imported."""
+def with_safetensors(file: str, into: Mapping[str, torch.Tensor]) -> None:
     from safetensors import safe_open
 
-    file = str(folder / "plain" / "model.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        fill(into, ((name, opened.get_tensor(name)) for name in opened.keys()))  # noqa: SIM118
 
-    def safetensors() -> None:
-        with safe_open(file, framework="pt") as opened:
-            fill(into, ((name, opened.get_tensor(name)) for name in opened.keys()))  # noqa: SIM118
 
-    arms: dict[str, Callable[[], None]] = {"safetensors (also what sharded_state reads)": safetensors}
-    try:
-        from runai_model_streamer import SafetensorsStreamer
+def with_runai_streamer(file: str, into: Mapping[str, torch.Tensor]) -> None:
+    from runai_model_streamer import SafetensorsStreamer
 
-        def streamer() -> None:
-            with SafetensorsStreamer() as stream:
-                stream.stream_file(file)
-                fill(into, stream.get_tensors())
+    with SafetensorsStreamer() as stream:
+        stream.stream_file(file)
+        fill(into, stream.get_tensors())
 
-        arms["runai_streamer"] = streamer
-    except ImportError as error:
-        print("left out:", error)
-    try:
-        from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
-        def fast() -> None:
-            loader = SafeTensorsFileLoader(SingleGroup(), torch.device("cpu"), nogds=True)
-            loader.add_filenames({0: [file]})
-            buffer = loader.copy_files_to_device()
-            fill(into, ((name, buffer.get_tensor(name)) for name in loader.get_keys()))
-            buffer.close()
-            loader.close()
+def with_fastsafetensors(file: str, into: Mapping[str, torch.Tensor]) -> None:
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
-        arms["fastsafetensors"] = fast
-    except ImportError as error:
-        print("left out:", error)
-    return arms
+    # Without a GPU there is no GPUDirect Storage; everything else is the library's default.
+    loader = SafeTensorsFileLoader(SingleGroup(), torch.device("cpu"), nogds=True)
+    loader.add_filenames({0: [file]})
+    buffer = loader.copy_files_to_device()
+    fill(into, ((name, buffer.get_tensor(name)) for name in loader.get_keys()))
+    buffer.close()
+    loader.close()
+
+
+PEERS = {
+    SAFETENSORS: ("safetensors", with_safetensors),
+    "runai_streamer": ("runai-model-streamer", with_runai_streamer),
+    "fastsafetensors": ("fastsafetensors", with_fastsafetensors),
+}
 
 
 def ours(path: Path, into: Mapping[str, torch.Tensor], **options: Any) -> None:
@@ -125,22 +139,70 @@ def ours(path: Path, into: Mapping[str, torch.Tensor], **options: Any) -> None:
         checkpoint.load(into=into, options=LoadOptions(**options))
 
 
-def checked(
-    arms: Mapping[str, Callable[[], Any]], into: Mapping[str, torch.Tensor], folder: Path
-) -> dict[str, bool]:
-    """Whether each arm that fills ``into`` leaves the right values there."""
+def is_right(
+    run: Callable[[], Any], into: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether ``run`` leaves the right values in ``into``."""
+    for tensor in into.values():
+        tensor.zero_()
+    run()
+    return all(torch.equal(into[key].view(torch.int16), reference[key].view(torch.int16)) for key in into)
+
+
+def usable(folder: Path, into: Mapping[str, torch.Tensor]) -> tuple[Arms, dict[str, str]]:
+    """Arms that load what they should, and what is to be said about each peer."""
     with open_checkpoint(folder / "stored") as checkpoint:
         reference = checkpoint.load().tensors
-    found = {}
-    for name, run in arms.items():
-        if name.startswith("raw"):
-            continue
-        for tensor in into.values():
-            tensor.zero_()
-        run()
-        same = (torch.equal(into[key].view(torch.int16), reference[key].view(torch.int16)) for key in into)
-        found[name] = all(same)
-    return found
+    file = str(folder / "plain" / "model.safetensors")
+    arms: Arms = {}
+    notes = {"instanttensor": "left out: loads to CUDA devices only"}
+    for name, (package, load) in PEERS.items():
+        run = functools.partial(load, file, into)
+        try:
+            right = is_right(run, into, reference)
+            notes[name] = version(package) if right else "left out: other values than were stored"
+        except Exception as error:
+            right, notes[name] = False, f"left out: {type(error).__name__}: {error}"
+        if right:
+            arms[name] = run
+        print(f"{name}: {notes[name]}", flush=True)
+    arms[OURS] = functools.partial(ours, folder / "stored", into)
+    arms[UNVERIFIED] = functools.partial(ours, folder / "stored", into, verify=False)
+    arms[PLAIN] = functools.partial(ours, folder / "plain", into)
+    for name in (OURS, UNVERIFIED, PLAIN):
+        assert is_right(arms[name], into, reference), name
+    return arms, notes
+
+
+def in_turns(
+    arms: Arms, repeats: int, deadline: float, before: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each arm in each round; the rounds end early, but not before the third, at ``deadline``."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(repeats):
+        if turn >= 3 and time.monotonic() > deadline:
+            break
+        for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            before()
+            begin = time.perf_counter()
+            arms[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def against_peers(
+    kind: str, ours_: str, arms: Arms, seconds: Mapping[str, list[float]], targets: Mapping[str, str]
+) -> list[Headline]:
+    """How many times faster ours is than each peer."""
+    return [
+        ratio(
+            f"{kind}, {ours_} over {name}",
+            [theirs / mine for theirs, mine in zip(seconds[name], seconds[ours_], strict=True)],
+            targets.get(name, targets[""]),
+        )
+        for name in PEERS
+        if name in arms
+    ]
 
 
 def main() -> None:
@@ -149,69 +211,58 @@ def main() -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     parser.add_argument("--gigabytes", type=float, default=1.2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds after which no round begins")
     options = parser.parse_args()
+    begin = time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     headline: list[Headline] = []
     samples: dict[str, list[float]] = {}
     try:
         into = make(folder, int(options.gigabytes * 1e9))
         nbytes = sum(tensor.nbytes for tensor in into.values())
-        plain, stored = folder / "plain", folder / "stored"
-        data = stored / "partition-00000-of-00001.bin"
-        buffer = mmap.mmap(-1, data.stat().st_size)
-        arms: dict[str, Callable[[], Any]] = peers(folder, into)
-        arms["ours, own format"] = functools.partial(ours, stored, into)
-        arms["ours, own format, not verified"] = functools.partial(ours, stored, into, verify=False)
-        arms["ours, safetensors"] = functools.partial(ours, plain, into)
-        identical = checked(arms, into, folder)
-        print(identical, flush=True)
+        data = folder / "stored" / "partition-00000-of-00001.bin"
+        arms, notes = usable(folder, into)
 
-        cold = {
-            f"raw O_DIRECT, {n} threads": functools.partial(raw, data, n, buffer, direct=True)
-            for n in (1, 2, 4)
+        buffers = {kind: memory(data.stat().st_size, huge=kind == "huge") for kind in ("small", "huge")}
+        cold: Arms = {
+            f"raw O_DIRECT into {kind} pages, {n} threads": functools.partial(
+                raw, data, n, buffers[kind], direct=True
+            )
+            for kind in buffers
+            for n in (1, 4)
         }
         cold |= arms
-        seconds: dict[str, list[float]] = {name: [] for name in cold}
-        for turn in range(options.repeats):
-            for name in list(cold) if turn % 2 == 0 else list(cold)[::-1]:
-                drop(folder)
-                begin = time.perf_counter()
-                cold[name]()
-                seconds[name].append(time.perf_counter() - begin)
+        left = options.budget - (time.monotonic() - begin)
+        seconds = in_turns(
+            cold, options.repeats, time.monotonic() + 0.7 * left, functools.partial(drop, folder)
+        )
         report("cold", seconds, nbytes, headline, samples)
-        best = min(statistics.median(seconds[name]) for name in seconds if name.startswith("raw"))
-        for name in ("ours, own format", "ours, safetensors"):
-            ratios = [best / value for value in seconds[name]]
-            headline.append(ratio(f"cold, {name}, share of the best raw sweep", ratios, ">= 0.95"))
-        for name in arms:
-            if not name.startswith("ours"):
-                pairs = zip(seconds[name], seconds["ours, own format"], strict=True)
-                headline.append(ratio(f"cold, ours over {name}", [a / b for a, b in pairs], ">= 1"))
+        best = min((name for name in seconds if name.startswith("raw")), key=lambda n: sum(seconds[n]))
+        for name in (OURS, PLAIN):
+            shares = [limit / mine for limit, mine in zip(seconds[best], seconds[name], strict=True)]
+            headline.append(ratio(f"cold, {name}, share of the best raw sweep", shares, ">= 0.95"))
+        headline += against_peers("cold", OURS, arms, seconds, {"": ">= 1"})
 
-        warm = {
-            f"raw preadv, {n} threads": functools.partial(raw, data, n, buffer, direct=False) for n in (1, 2)
+        warm: Arms = {
+            f"raw preadv, {n} threads": functools.partial(raw, data, n, buffers["small"], direct=False)
+            for n in (1, 2)
         }
         warm |= arms
-        cache = HostCache(data.stat().st_size + (64 << 20))
-        with open_checkpoint(stored) as checkpoint:
-            model = cache.load(checkpoint)
-        warm["ours, host cache into parameters"] = lambda: model.load(into=into)
-        warm["ours, host cache as views"] = model.load
-        seconds = interleaved(warm, repeats=options.repeats)
+        with HostCache(data.stat().st_size + (64 << 20), pinned=False) as cache:
+            with open_checkpoint(folder / "stored") as checkpoint:
+                model = cache.load(checkpoint)
+            warm["ours, host cache into parameters"] = functools.partial(model.load, into=into)
+            warm["ours, host cache as views"] = model.load
+            in_turns(warm, 1, 0.0)
+            seconds = in_turns(warm, 2 * options.repeats, begin + options.budget)
+            model.release()
         report("warm", seconds, nbytes, headline, samples)
         views = seconds["ours, host cache as views"]
         headline.append(
             Headline("pool hit: views", statistics.median(views), "s", min(views), max(views), "<= 0.010")
         )
-        for name in arms:
-            if not name.startswith("ours"):
-                pairs = zip(seconds[name], seconds["ours, own format, not verified"], strict=True)
-                target = ">= 0.95" if name.startswith("safetensors") else "> 1"
-                headline.append(
-                    ratio(f"warm, ours not verified over {name}", [a / b for a, b in pairs], target)
-                )
-        model.release()
-        cache.close()
+        for name in (UNVERIFIED, OURS, PLAIN):
+            headline += against_peers("warm", name, arms, seconds, {SAFETENSORS: ">= 0.95", "": "> 1"})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_result(
@@ -221,7 +272,8 @@ def main() -> None:
         samples=samples,
         folder=options.out,
         parameters={"bytes": nbytes, "file_system": file_system(options.folder)},
-        identical=identical,
+        peers=notes,
+        identical="every arm filled the parameters with the stored bytes",
     )
 
 

@@ -62,6 +62,12 @@ def test_tm04_bytes_equal_read_for_any_offset_length_and_address(file, mode, col
     out = target(len(expected), shift)
     if cold:
         drop_cache(file)
+    seen = []
+    with DirectReader(file, mode=mode) as reader:
+        reader.read_into(out, offset, lambda part: seen.append(bytes(part)))
+    assert out.numpy().tobytes() == expected
+    assert b"".join(seen) == expected
+    out.zero_()
     with DirectReader(file, mode=mode) as reader:
         reader.read_into(out, offset)
     assert out.numpy().tobytes() == expected
@@ -144,8 +150,10 @@ def test_tm04_short_reads_go_on_where_they_stopped(file, monkeypatch, mode, piec
     drop_cache(file)
     monkeypatch.setattr(os, "preadv", short)
     out = target(length, 12)
+    seen = []
     with DirectReader(file, mode=mode) as reader:
-        reader.read_into(out, 12)
+        reader.read_into(out, 12, lambda part: seen.append(bytes(part)))
+    assert b"".join(seen) == out.numpy().tobytes()
     assert out.numpy().tobytes() == file.read_bytes()[12 : 12 + length]
 
 
@@ -195,6 +203,21 @@ def test_tm04_eight_threads_on_one_reader(file):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_tm04_buffers_go_with_the_last_reader(file):
+    from tiered_memory import direct_io
+
+    idle = direct_io._bounce_buffers._idle
+    drop_cache(file)
+    with DirectReader(file, mode="always") as first:
+        with DirectReader(file, mode="always") as second:
+            first.read_into(target(10_000, 12), 0)
+            assert len(idle) == 1
+            second.read_into(target(10_000, 12), 0)
+            assert len(idle) == 1
+        assert len(idle) == 1
+    assert not idle
 
 
 def test_tm04_no_descriptor_is_left(file, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -15,6 +15,7 @@ from tiered_memory import DirectReader
 from vllm_serverless_loader.checkpoint.index import TENSOR_ALIGN, CorruptCheckpointError
 from vllm_serverless_loader.loading.read_plan import Chunk, DataFile
 
+Progress = Callable[[int], None]
 _SMALL = 256 << 10  # reads of tensors below this are merged
 
 
@@ -71,9 +72,9 @@ class FileSource:
         offset = begin
         for piece in pieces:
             if piece.buffer is not None:
-                reader.read_into(piece.buffer, offset)
-            if hasher is not None:
-                hasher.update(bytes(piece.num_bytes) if piece.buffer is None else piece.buffer.numpy().data)
+                reader.read_into(piece.buffer, offset, None if hasher is None else hasher.update)
+            elif hasher is not None:
+                hasher.update(bytes(piece.num_bytes))
             offset += piece.num_bytes
         if hasher is not None and hasher.hexdigest() != chunk.checksum:
             end = begin + chunk.num_bytes
@@ -107,8 +108,10 @@ class MemorySource:
         for piece in pieces:
             if piece.buffer is not None:
                 done = 0
+                into = piece.buffer.numpy()
                 for part in self.extents.parts(offset, piece.num_bytes):
-                    piece.buffer[done : done + part.numel()].copy_(part)
+                    # NumPy copies in the calling thread; torch would start a team of threads for each reader.
+                    into[done : done + part.numel()] = part.numpy()
                     done += part.numel()
             offset += piece.num_bytes
         _copy_on(pieces)
@@ -118,6 +121,22 @@ class MemorySource:
 
     def __exit__(self, *_: object) -> None:
         return None
+
+
+class _Watched:
+    def __init__(self, source: Source, progress: Progress) -> None:
+        self.tier = source.tier
+        self._source = source
+        self._progress = progress
+
+    def read(self, chunk: Chunk, pieces: Sequence[Piece]) -> None:
+        self._source.read(chunk, pieces)
+        self._progress(chunk.num_bytes)
+
+
+def watched(source: Source, progress: Progress | None) -> Source:
+    """The same source, which tells ``progress`` the bytes of each chunk that was read."""
+    return source if progress is None else _Watched(source, progress)
 
 
 class Extents:

@@ -14,7 +14,7 @@ runs the model, between two steps, so that neither ever sees the other half way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,11 @@ class DirectCache:
         host_slots: slots, of all, that are filled by prediction instead of by the device.
         copy_engine: carries the copies into these; by default an engine of the device.
         kernels: module with ``plan_layer`` and ``pull_records``; default: Triton on a GPU, else torch.
+        expert_map: under expert parallelism, for each expert of the model its index in ``store``, or -1 where
+            another rank has it. Ids, tables and shares are of the model's experts then.
 
     Attributes:
+        num_experts: experts of a layer, those of other ranks included.
         views: name -> ``[num_slots, ...]``; row = slot; the leading stride is the record.
         counters: what happened up to the last step learned from.
         share: predicted activation shares ``[layers, experts]`` for the policy, or None.
@@ -96,9 +99,12 @@ class DirectCache:
         host_slots: int = 0,
         copy_engine: CopyEngine | None = None,
         kernels: Any = None,
+        expert_map: Sequence[int] | None = None,
     ) -> None:
         self.store, self.num_slots, self.device = store, len(slabs), slabs.device
-        layers, experts = store.num_layers, store.num_experts
+        self._local = np.arange(store.num_experts) if expert_map is None else np.asarray(expert_map)
+        self.num_experts = len(self._local)
+        layers, experts = store.num_layers, self.num_experts
         self.policy = make_policy(policy, layers, experts) if isinstance(policy, str) else policy
         self._planner = VictimPlanner(
             self.policy, num_slots=self.num_slots, own_slots=self.num_slots - host_slots
@@ -106,9 +112,8 @@ class DirectCache:
         self.counters = CacheStats()
         self.share: npt.NDArray[np.float64] | None = None
         self.views = store.layout.views(slabs)
-        self._r = Residency.empty(
-            slabs, far_rows(store, slabs), num_experts=experts, top_k=top_k, max_tokens=max_tokens
-        )
+        far = far_rows(store, slabs, self._local)
+        self._r = Residency.empty(slabs, far, num_experts=experts, top_k=top_k, max_tokens=max_tokens)
         self._kernels = kernels or _kernels_of(self.device)
         self._on_gpu = self.device.type == "cuda"
         # In turn, so that none is written to while the device may still read or fill it.
@@ -127,7 +132,7 @@ class DirectCache:
         self._promoter = None
         if host_slots:
             engine = copy_engine or CopyEngine(self.device)
-            self._promoter = Promoter(self._r, store, host_slots, engine)
+            self._promoter = Promoter(self._r, self.record, host_slots, engine)
 
     @property
     def holds_all(self) -> bool:
@@ -142,13 +147,18 @@ class DirectCache:
     @property
     def slot_of_expert(self) -> Tensor:
         """int32 ``[layers, experts]`` on the device: the expert's slot, -1 where it has none."""
-        rows = self._r.row_of.view(self.store.num_layers, self.store.num_experts)
+        rows = self._r.row_of.view(self.store.num_layers, self.num_experts)
         return torch.where((rows >= 0) & (rows < self.num_slots), rows, -1).int()
 
     def row_table(self, layer: int) -> Tensor:
         """int64 ``[experts]`` on the device: the row that each expert of ``layer`` is read from."""
-        experts = self.store.num_experts
+        experts = self.num_experts
         return self._r.row_of[layer * experts : (layer + 1) * experts]
+
+    def record(self, key: int) -> Tensor:
+        """The record of an expert of this rank in host memory."""
+        layer, expert = divmod(key, self.num_experts)
+        return self.store.record(layer, int(self._local[expert]))
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of ``layer`` that have a slot now; waits for the device."""
@@ -165,7 +175,7 @@ class DirectCache:
         Returns:
             int64 rows ``[T, k]``, or ids, where padding rows name something harmless.
         """
-        stream = topk_ids.numel() >= _STREAM_CHOICES * self.store.num_experts
+        stream = topk_ids.numel() >= _STREAM_CHOICES * self.num_experts
         out = self._kernels.plan_layer(self._r, layer, topk_ids, remap=remap, stream=stream)
         self._kernels.pull_records(self._r)
         return out
@@ -185,7 +195,7 @@ class DirectCache:
         else:
             header[residency.AS_OF], header[residency.HEAD] = self._known, 0
             header[residency.QUEUE] = plan.queued
-            header[residency.STREAM] = min(len(plan.slots), self.store.num_experts)
+            header[residency.STREAM] = min(len(plan.slots), self.num_experts)
             size = HEADER + len(plan.slots)
             message[HEADER:size].numpy()[:] = plan.slots
             admit.numpy()[:] = plan.admitted
@@ -242,8 +252,8 @@ class DirectCache:
         for slot, key in enumerate(self._r.key_of.tolist()):
             if key == residency.NO_KEY:
                 continue
-            layer, expert = divmod(key, self.store.num_experts)
-            if not torch.equal(self._r.slabs[slot].cpu(), self.store.record(layer, expert)):
+            if not torch.equal(self._r.slabs[slot].cpu(), self.record(key)):
+                layer, expert = divmod(key, self.num_experts)
                 raise RuntimeError(f"layer {layer}, expert {expert}: slot {slot} differs from the store")
 
     def close(self) -> None:
@@ -268,9 +278,10 @@ class DirectCache:
 
     def _fill(self) -> None:
         """Give each layer its share of the slots to begin with."""
-        layers, experts = self.store.num_layers, self.store.num_experts
+        layers, experts = self.store.num_layers, self.num_experts
         slots = torch.arange(self.num_slots, device=self.device)
-        keys = slots % layers * experts + slots // layers
+        own = torch.from_numpy(np.flatnonzero(self._local >= 0)).to(self.device)
+        keys = slots % layers * experts + own[slots // layers]
         self._r.key_of.copy_(keys)
         self._r.row_of[keys] = slots
         for part in torch.split(slots, experts):
@@ -303,12 +314,18 @@ class DirectCache:
         self._learned = report.tick
 
 
-def far_rows(store: HostExpertStore, slabs: Tensor) -> Tensor:
+def far_rows(store: HostExpertStore, slabs: Tensor, local: npt.NDArray[np.integer]) -> Tensor:
     """Row of each expert's record in host memory, counted from the first slot; int64 ``[keys]``.
 
+    Args:
+        store: the records.
+        slabs: the slots.
+        local: ``[experts]``, index in ``store`` of each expert of the model, or -1: REMOTE.
+
     Raises:
-        ValueError: records and slots are not a whole number of records apart.
+        ValueError: records and slots are not a whole number of records apart, or one stands where REMOTE is.
     """
+    place = torch.from_numpy(np.asarray(local, dtype=np.int64))
     nbytes, rows = store.layout.nbytes, []
     for layer in range(store.num_layers):
         row, rest = divmod(store.record(layer, 0).data_ptr() - slabs.data_ptr(), nbytes)
@@ -317,7 +334,9 @@ def far_rows(store: HostExpertStore, slabs: Tensor) -> Tensor:
                 f"moe_offload: the records of layer {layer} are {rest} bytes more than a whole number of "
                 f"records ({nbytes} bytes each) away from the slots"
             )
-        rows.append(torch.arange(row, row + store.num_experts, dtype=torch.int64))
+        if row <= residency.REMOTE < row + store.num_experts:
+            raise ValueError(f"moe_offload: a record of layer {layer} ends where the slots begin")
+        rows.append(torch.where(place >= 0, place + row, residency.REMOTE))
     return torch.cat(rows)
 
 

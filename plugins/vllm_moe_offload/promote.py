@@ -11,6 +11,7 @@ the device gave the expert a slot of its own, the copy was for nothing, and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from tiered_memory import Copy, CopyEngine
 from vllm_moe_offload.predictor import Shares
-from vllm_moe_offload.residency import NO_KEY, NUM_COUNTERS, Residency
-from vllm_moe_offload.store import HostExpertStore
+from vllm_moe_offload.residency import NO_KEY, NUM_COUNTERS, REMOTE, Residency
 
 _IN_FLIGHT = 4  # copies on the link at a time, next to what layers pull
 # An expert must be so many times as likely as the one it replaces, or slots would change hands over noise.
@@ -40,7 +40,7 @@ class Promoter:
 
     Args:
         residency: the pool's tables.
-        store: the experts.
+        record: gives the record of a key in host memory.
         count: slots, from the end.
         engine: carries the copies.
 
@@ -49,8 +49,10 @@ class Promoter:
         used: of these, experts that a step used before their slot was given away.
     """
 
-    def __init__(self, residency: Residency, store: HostExpertStore, count: int, engine: CopyEngine) -> None:
-        self._r, self._store, self._engine = residency, store, engine
+    def __init__(
+        self, residency: Residency, record: Callable[[int], Tensor], count: int, engine: CopyEngine
+    ) -> None:
+        self._r, self._record, self._engine = residency, record, engine
         self._first = residency.num_slots - count
         self._key_of = residency.key_of[self._first :].cpu().numpy().astype(np.int64)
         self._unused = np.zeros(count, dtype=bool)  # brought in by a prediction and not used yet
@@ -74,7 +76,7 @@ class Promoter:
         self._key_of[lost], self._unused[lost] = NO_KEY, False
         room = _IN_FLIGHT - len(self._flights)
         likely = share.reshape(-1)
-        absent = (rows < 0) | (rows >= self._r.num_slots)
+        absent = ((rows < 0) | (rows >= self._r.num_slots)) & (rows != REMOTE)
         absent[[flight.key for flight in self._flights]] = False
         candidates = np.flatnonzero(absent)
         flying = [flight.slot - self._first for flight in self._flights]
@@ -106,8 +108,7 @@ class Promoter:
             return
         self._retire([slot for slot, _ in self._wanted])
         for slot, key in self._wanted:
-            layer, expert = divmod(key, self._store.num_experts)
-            pair = (self._r.slabs[slot], self._store.record(layer, expert))
+            pair = (self._r.slabs[slot], self._record(key))
             self._flights.append(_Flight(slot, key, self._engine.submit([pair], after=self._stream())))
         self.copies += len(self._wanted)
         self._wanted = []

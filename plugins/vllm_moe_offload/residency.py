@@ -3,6 +3,7 @@
 Experts are records of one size. A *row* names a record by its distance from the first slot, in records: rows
 ``0 .. num_slots - 1`` are slots on the device, any other row is the expert's own record in pinned host
 memory. Kernels reach both from one base address, so an expert without a slot can be read where it lies.
+Under expert parallelism an expert of another rank has the row REMOTE, which vLLM's kernel leaves out.
 
 For each layer of a step :func:`plan_layer` notes which experts the router chose and gives missing ones the
 slots that the host has queued as victims; :func:`pull_records` then copies their records into these slots,
@@ -26,6 +27,7 @@ ACCESSES, MISSES, PULLS = range(3)
 NUM_COUNTERS = 4
 
 NO_KEY = -1
+REMOTE = -1
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Residency:
 
     Attributes:
         slabs: uint8 ``[num_slots, record_nbytes]``, the slots.
-        far: int64 ``[keys]``, row of each expert's record in host memory.
+        far: int64 ``[keys]``, row of each expert's record in host memory; REMOTE: another rank has it.
         report: int64, what the host reads back after a step: counters, ``row_of``, then the trace.
         counters: int64 ``[4]``: distinct experts that layers asked for, those of them without a slot, those
             of these that were given one; the last is spare.
@@ -143,8 +145,8 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
     own = slice(first, first + experts)
     r.last_used[first + ids.reshape(-1)] = tick
     r.trace[:tokens, layer] = ids.int()
-    needed = (r.last_used[own] == tick) & (tokens > 0)
     rows = r.row_of[own]
+    needed = (r.last_used[own] == tick) & (rows != REMOTE) & (tokens > 0)
     absent = needed & ((rows < 0) | (rows >= r.num_slots))
     wanted = (absent if stream else absent & (r.admit[own] != 0)).nonzero().flatten().tolist()
 

@@ -25,6 +25,7 @@ _STREAM = tl.constexpr(residency.STREAM)
 _HEAD = tl.constexpr(residency.HEAD)
 _JOBS = tl.constexpr(residency.JOBS)
 _HEADER = tl.constexpr(residency.HEADER)
+_REMOTE = tl.constexpr(residency.REMOTE)
 _ACCESSES = tl.constexpr(residency.ACCESSES)
 _MISSES = tl.constexpr(residency.MISSES)
 _PULLS = tl.constexpr(residency.PULLS)
@@ -82,7 +83,7 @@ def _plan_kernel(
     inside = expert < num_experts
     used = tl.load(last_used_ptr + first + expert, mask=inside, other=-1)
     rows = tl.load(row_of_ptr + first + expert, mask=inside, other=0)
-    needed = inside & (used == tl.where(valid > 0, tick, -2))
+    needed = inside & (used == tl.where(valid > 0, tick, -2)) & (rows != _REMOTE)
     absent = needed & ((rows < 0) | (rows >= num_slots))
     missing = tl.sum(absent.to(tl.int32), axis=0)
     wants = absent

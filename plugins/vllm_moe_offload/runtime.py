@@ -46,6 +46,7 @@ class LayerHandle:
         top_k: experts of each token.
         tensors: gives the layer's expert tensors, ``[experts, ...]`` each.
         replace: puts other tensors in their place, by name.
+        expert_map: under expert parallelism, for each expert of the model its index here, or -1.
         pool: index of its pool; set by :meth:`ModelOffload.take_over`. -1: all its experts are on the device.
         index: its place among the layers of its pool.
     """
@@ -55,6 +56,7 @@ class LayerHandle:
     top_k: int
     tensors: Callable[[], Mapping[str, Tensor]]
     replace: Callable[[Mapping[str, Tensor]], None]
+    expert_map: tuple[int, ...] | None = None
     pool: int = -1
     index: int = -1
 
@@ -169,14 +171,14 @@ class ModelOffload:
         """
         if self.caches or self.plain:
             return
-        groups: dict[tuple[SlabLayout, int], list[LayerHandle]] = {}
+        groups: dict[tuple[SlabLayout, int, tuple[int, ...] | None], list[LayerHandle]] = {}
         for layer in self.layers:
             layout = SlabLayout.from_tensors(layer.tensors())
-            groups.setdefault((layout, layer.num_experts), []).append(layer)
+            groups.setdefault((layout, layer.num_experts, layer.expert_map), []).append(layer)
         experts_nbytes = sum(
-            layout.expert_nbytes * experts * len(layers) for (layout, experts), layers in groups.items()
+            layout.expert_nbytes * experts * len(layers) for (layout, experts, _), layers in groups.items()
         )
-        for (layout, experts), layers in groups.items():
+        for (layout, experts, _), layers in groups.items():
             config = self.config
             if config.cache_size is not None and len(groups) > 1:
                 # Each shape of layer gets the share of the budget that it has of the experts.
@@ -322,11 +324,11 @@ class ModelOffload:
             store = self._host_store(layers, slabs)
         else:
             store = self._disk_store(layers, self.config.disk_path)
-        cache = self._make_cache(store, num_slots, slabs, max(layer.top_k for layer in layers))
+        cache = self._make_cache(store, num_slots, slabs, layers)
         self.caches.append(cache)
         for layer in layers:
             layer.replace(cache.views)
-        self._start_tracing(store, layers[0].top_k)
+        self._start_tracing(store.num_layers, len(layers[0].expert_map or ()) or store.num_experts, layers)
         total = store.num_layers * store.num_experts
         nbytes = store.layout.expert_nbytes
         logger.info(
@@ -380,7 +382,7 @@ class ModelOffload:
         return TieredExpertStore(disk, self.config.host_memory)
 
     def _make_cache(
-        self, store: ExpertStore, num_slots: int, slabs: Tensor | None, top_k: int
+        self, store: ExpertStore, num_slots: int, slabs: Tensor | None, layers: list[LayerHandle]
     ) -> ExpertCache | DirectCache:
         if slabs is not None:
             assert isinstance(store, HostExpertStore)
@@ -388,9 +390,10 @@ class ModelOffload:
                 store,
                 slabs,
                 policy=self.config.policy,
-                top_k=top_k,
+                top_k=max(layer.top_k for layer in layers),
                 max_tokens=self.max_tokens,
                 host_slots=int(self.config.prefetch_budget * num_slots) if self._prefetches else 0,
+                expert_map=layers[0].expert_map,
             )
         cache = ExpertCache(
             store,
@@ -404,18 +407,18 @@ class ModelOffload:
             cache.preload()
         return cache
 
-    def _start_tracing(self, store: ExpertStore, top_k: int) -> None:
-        known = self._known_requests(store) if not self.estimators else None
+    def _start_tracing(self, num_layers: int, num_experts: int, layers: list[LayerHandle]) -> None:
+        known = self._known_requests(num_layers, num_experts) if not self.estimators else None
         if known is None:
-            known = EAMCollection(store.num_layers, store.num_experts, self.config.eam_capacity)
+            known = EAMCollection(num_layers, num_experts, self.config.eam_capacity)
             known.model_id = self.model_id
         from vllm_moe_offload import eam_kernels  # noqa: F401 - compiled here rather than in a step
 
         self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
         if self.config.record_trace and self.recorder is None:
-            self.recorder = TraceRecorder(store.num_layers, store.num_experts, top_k)
+            self.recorder = TraceRecorder(num_layers, num_experts, layers[0].top_k)
 
-    def _known_requests(self, store: ExpertStore) -> EAMCollection | None:
+    def _known_requests(self, num_layers: int, num_experts: int) -> EAMCollection | None:
         """The collection that the options name, for the first pool; None if there is no file yet."""
         path = self.config.eam_path
         if path is None or not Path(path).exists():
@@ -425,10 +428,10 @@ class ModelOffload:
             raise ValueError(
                 f"moe_offload: {path} was recorded with model {known.model_id!r}, not {self.model_id!r}"
             )
-        if (known.num_layers, known.num_experts) != (store.num_layers, store.num_experts):
+        if (known.num_layers, known.num_experts) != (num_layers, num_experts):
             raise ValueError(
                 f"moe_offload: {path} was recorded with {known.num_layers} layers of "
-                f"{known.num_experts} experts, this model has {store.num_layers} of {store.num_experts}"
+                f"{known.num_experts} experts, this model has {num_layers} of {num_experts}"
             )
         return known
 

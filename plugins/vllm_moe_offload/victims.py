@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.policy import EvictionPolicy
+from vllm_moe_offload.residency import REMOTE
 
 Keys = npt.NDArray[np.int64]
 Worth = npt.NDArray[np.float64] | npt.NDArray[np.int64]
@@ -94,7 +95,7 @@ class VictimPlanner:
 
     def _trade(self, held: Keys, worth: Worth) -> Plan:
         """Victims, least worth first. As many are queued, and as many experts admitted, as gain by it."""
-        absent = np.flatnonzero(self.rows.view(np.uint64) >= self.num_slots)
+        absent = np.flatnonzero((self.rows.view(np.uint64) >= self.num_slots) & (self.rows != REMOTE))
         mine, theirs = worth[held], worth[absent]
         count = trades(mine, theirs)
         admitted = np.zeros(len(self.rows), dtype=np.uint8)

@@ -145,12 +145,23 @@ def _refuse_unbuilt(config: MoEOffloadConfig) -> None:
         )
 
 
-def _refuse_features(vllm_config: Any) -> None:
-    """Raise NotImplementedError naming a configured feature that would break or bypass the offload."""
+def _refuse_features(vllm_config: Any, *, direct: bool) -> None:
+    """Raise NotImplementedError naming a configured feature that would break or bypass the offload.
+
+    ``direct``: the device serves misses.
+    """
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
+    # vLLM's CPU kernel ignores the map of experts to ranks; the host's path serves one rank's ids only.
+    split = parallel.enable_expert_parallel and parallel.tensor_parallel_size > 1 and not direct
     found = {
-        "expert parallelism (enable_expert_parallel)": parallel.enable_expert_parallel,
+        "expert parallelism (enable_expert_parallel) unless a GPU serves misses (miss='direct')": split,
+        # Ranks would exchange tokens behind the layer's back.
+        "data parallelism (data_parallel_size)": parallel.data_parallel_size > 1,
+        "prefill context parallelism (prefill_context_parallel_size)": getattr(
+            parallel, "prefill_context_parallel_size", 1
+        )
+        > 1,
         "expert load balancing (enable_eplb)": parallel.enable_eplb,
         "elastic expert parallelism (enable_elastic_ep)": getattr(parallel, "enable_elastic_ep", False),
         "dual batch overlap (enable_dbo)": getattr(parallel, "enable_dbo", False),
@@ -215,7 +226,7 @@ class _OffloadMixin(CopyServing):
             return
         config = MoEOffloadConfig.from_dict(options)
         _refuse_unbuilt(config)
-        _refuse_features(vllm_config)
+        _refuse_features(vllm_config, direct=_is_direct(vllm_config, config))
         super().__init__(*args, **kwargs)
         self._refuse_monolithic()
         offload = offload_of(vllm_config)
@@ -229,6 +240,7 @@ class _OffloadMixin(CopyServing):
                 self.top_k,
                 self._expert_tensors,
                 self._replace_tensors,
+                self._ranks_map(),
             )
         )
         self._served_map: Tensor | None = None
@@ -249,8 +261,13 @@ class _OffloadMixin(CopyServing):
 
     @property
     def expert_map(self) -> Tensor | None:
-        """What the kernel uses in place of vLLM's map: expert -> slot, or None where ids are remapped."""
-        return self._served_map
+        """What the kernel uses in place of vLLM's map: expert -> row; vLLM's own where ids are remapped."""
+        return super().expert_map if self._served_map is None else self._served_map  # type: ignore[misc]
+
+    def _ranks_map(self) -> tuple[int, ...] | None:
+        """Index of each of the model's experts on this rank, -1 elsewhere; None without such a split."""
+        map_of_ranks = super().expert_map  # type: ignore[misc]
+        return None if map_of_ranks is None else tuple(map_of_ranks.tolist())
 
     def forward_modular(
         self,
@@ -274,8 +291,8 @@ class _OffloadMixin(CopyServing):
         cache = self.offload.caches[self._handle.pool]
         assert isinstance(cache, DirectCache)
         layer = self._handle.index
-        # vLLM's _prepare_expert_assignment does not sort so small a batch by expert; with a map it would.
-        small = topk_ids.numel() * 4 <= self.global_num_experts
+        # vLLM's _prepare_expert_assignment does not sort so small a batch by expert; with a map it does.
+        small = topk_ids.numel() * 4 <= self.global_num_experts and self._handle.expert_map is None
         with self._plain_tiles(x):
             chosen = cache.serve(layer, topk_ids.contiguous(), remap=small)
             return self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
@@ -376,6 +393,16 @@ _NOT_OF_EXPERTS = frozenset(
 )
 
 
+def _is_direct(vllm_config: Any, config: MoEOffloadConfig) -> bool:
+    """Whether the device serves misses; NotImplementedError where it should and cannot."""
+    kind = torch.device(vllm_config.device_config.device).type
+    if config.miss == "direct" and kind != "cuda":
+        raise NotImplementedError(
+            f"moe_offload: miss='direct' has a GPU read host memory, but the model runs on {kind}; use 'copy'"
+        )
+    return kind == "cuda" and config.miss != "copy" and config.disk_path is None
+
+
 def _start_offload(vllm_config: Any, config: MoEOffloadConfig) -> ModelOffload:
     from vllm_moe_offload import vllm_runner
 
@@ -383,12 +410,7 @@ def _start_offload(vllm_config: Any, config: MoEOffloadConfig) -> ModelOffload:
     device = torch.device(vllm_config.device_config.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    if config.miss == "direct" and device.type != "cuda":
-        raise NotImplementedError(
-            f"moe_offload: miss='direct' has a GPU read host memory, but the model runs on {device.type}; "
-            "use 'copy'"
-        )
-    direct = device.type == "cuda" and config.miss != "copy" and config.disk_path is None
+    direct = _is_direct(vllm_config, config)
     if not direct:
         _without_graphs(vllm_config)
     parallel = vllm_config.parallel_config

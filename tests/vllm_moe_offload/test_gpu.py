@@ -70,6 +70,31 @@ def test_mo03_mo12_bitwise_equal_on_a_gpu(family, mode):
         assert report["bytes_host_to_device"] == report["copies"] * report["expert_nbytes"]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_mo22_two_ranks_of_experts_equal_plain_vllm_with_two(tmp_path, mode):
+    """Expert parallelism: each rank has half of the experts, and slots for some of these."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder = write_tiny_model("qwen3_moe", tmp_path, **FAMILIES["qwen3_moe"], moe_intermediate_size=64)
+    arguments = {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "distributed_executor_backend": "mp",
+        **MODES[mode],
+    }
+    with gpu_engine(folder, **arguments) as llm:
+        plain = generate(llm, tokens=16)
+    options = {"cache_fraction": 0.3, "policy": "lru", "debug_checks": True}
+    with gpu_engine(folder, options, **arguments) as llm:
+        assert generate(llm, tokens=16) == plain
+        ranks = vllm_moe_offload.stats(llm)
+    assert len(ranks) == 2
+    for report in ranks:
+        assert report["num_experts"] == EXPERTS // 2
+        assert report["accesses"] == report["hits"] + report["misses"]
+        assert report["misses"] > 0
+
+
 def test_mo03_copies_by_the_host_equal_plain_vllm_without_graphs(family):
     name, folder = family
     with gpu_engine(folder) as llm:

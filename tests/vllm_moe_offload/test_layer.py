@@ -47,7 +47,13 @@ class Kernel:
         output.copy_(terms.sum(dim=1))
 
 
-class Layer(_OffloadMixin):
+class Plain:
+    """Stands for RoutedExperts without a split over ranks."""
+
+    expert_map = None
+
+
+class Layer(_OffloadMixin, Plain):
     """One linear expert layer whose weights are the slots of a cache."""
 
     def __init__(self, cache):
@@ -92,10 +98,14 @@ def test_mo11_expert_waves_equal_one_pass_bitwise_and_copy_each_missing_expert_o
     assert layer.expert_map is None
 
 
+def parallel(**changes):
+    fields = {"enable_expert_parallel": False, "enable_eplb": False, "tensor_parallel_size": 1}
+    return SimpleNamespace(**(fields | {"data_parallel_size": 1} | changes))
+
+
 def config(**changes):
-    parallel = {"enable_expert_parallel": False, "enable_eplb": False}
     fields = {
-        "parallel_config": SimpleNamespace(**parallel),
+        "parallel_config": parallel(),
         "model_config": SimpleNamespace(),
         "lora_config": None,
         "offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=0)),
@@ -107,10 +117,12 @@ def config(**changes):
     ("changes", "feature"),
     [
         (
-            {"parallel_config": SimpleNamespace(enable_expert_parallel=True, enable_eplb=False)},
+            {"parallel_config": parallel(enable_expert_parallel=True, tensor_parallel_size=2)},
             "enable_expert_parallel",
         ),
-        ({"parallel_config": SimpleNamespace(enable_expert_parallel=False, enable_eplb=True)}, "enable_eplb"),
+        ({"parallel_config": parallel(enable_eplb=True)}, "enable_eplb"),
+        ({"parallel_config": parallel(data_parallel_size=2)}, "data_parallel_size"),
+        ({"parallel_config": parallel(prefill_context_parallel_size=2)}, "prefill_context_parallel_size"),
         ({"lora_config": object()}, "enable_lora"),
         ({"model_config": SimpleNamespace(enable_sleep_mode=True)}, "enable_sleep_mode"),
         ({"offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=2))}, "cpu_offload_gb"),
@@ -120,22 +132,22 @@ def config(**changes):
         ),
         ({"weight_transfer_config": object()}, "weight_transfer_config"),
         *[
-            (
-                {
-                    "parallel_config": SimpleNamespace(
-                        enable_expert_parallel=False, enable_eplb=False, **{name: True}
-                    )
-                },
-                name,
-            )
+            ({"parallel_config": parallel(**{name: True})}, name)
             for name in ("enable_dbo", "enable_elastic_ep")
         ],
     ],
 )
 def test_features_that_break_offload_are_refused_by_name(changes, feature):
-    _refuse_features(config())
+    _refuse_features(config(), direct=False)
     with pytest.raises(NotImplementedError, match=feature):
-        _refuse_features(config(**changes))
+        _refuse_features(config(**changes), direct=False)
+
+
+def test_mo22_expert_parallelism_is_served_by_a_device_that_serves_misses_only():
+    split = config(parallel_config=parallel(enable_expert_parallel=True, tensor_parallel_size=2))
+    _refuse_features(split, direct=True)
+    with pytest.raises(NotImplementedError, match=r"enable_expert_parallel\) unless .*miss='direct'"):
+        _refuse_features(split, direct=False)
 
 
 def test_monolithic_kernels_are_refused_by_name():

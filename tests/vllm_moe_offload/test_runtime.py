@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_moe_offload import MoEOffloadConfig, live
+from vllm_moe_offload.residency import REMOTE
 from vllm_moe_offload.runtime import LayerHandle, ModelOffload, Step
 from vllm_moe_offload.vllm_layer import _OffloadMixin
 
@@ -17,15 +18,19 @@ LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
 class Layer(_OffloadMixin):
-    """An expert layer of one matrix an expert, whose kernel reads weights by row, as Triton's does."""
+    """An expert layer of one matrix an expert, whose kernel reads weights by row, as Triton's does.
 
-    def __init__(self, offload, seed):
+    With ``expert_map`` it has the experts whose entry is not -1, and leaves out the others, as Triton's does.
+    """
+
+    def __init__(self, offload, seed, expert_map=None):
         generator = torch.Generator().manual_seed(seed)
         self.plain = torch.randn(EXPERTS, 4, 4, generator=generator)
-        self.tensors = {"w": self.plain.clone()}
+        own = list(range(EXPERTS)) if expert_map is None else np.flatnonzero(np.asarray(expert_map) >= 0)
+        self.tensors = {"w": self.plain[own].clone()}
         self.offload, self.global_num_experts = offload, EXPERTS
         self._handle = offload.announce(
-            LayerHandle(f"layer {seed}", EXPERTS, TOP_K, lambda: self.tensors, self.replace)
+            LayerHandle(f"layer {seed}", len(own), TOP_K, lambda: self.tensors, self.replace, expert_map)
         )
 
     def replace(self, tensors):
@@ -40,6 +45,8 @@ class Layer(_OffloadMixin):
         base, stride = slots.data_ptr(), slots.stride(0) * 4
         matrices = [
             torch.frombuffer(bytearray(ctypes.string_at(base + row * stride, 64)), dtype=torch.float32)
+            if row != REMOTE
+            else torch.zeros(16)
             for row in rows.flatten().tolist()
         ]
         weights = torch.stack(matrices).view(*rows.shape, 4, 4)
@@ -50,10 +57,10 @@ class Layer(_OffloadMixin):
         return (torch.einsum("tkhi,ti->tkh", weights, x) * topk_weights[..., None]).sum(1)
 
 
-def build(**options):
+def build(expert_map=None, **options):
     config = MoEOffloadConfig(**({"cache_fraction": 0.4, "policy": "eam"} | options))
     offload = ModelOffload(config, torch.device("cpu"), direct=True, max_tokens=64, model_id="m")
-    layers = [Layer(offload, seed) for seed in range(LAYERS)]
+    layers = [Layer(offload, seed, expert_map) for seed in range(LAYERS)]
     offload.take_over()
     return offload, layers
 
@@ -195,3 +202,48 @@ def test_mo15_experts_below_host_memory_come_from_the_file_of_this_model(tmp_pat
         start("m", seed=9)
     with pytest.raises(ValueError, match="was written for model 'm', not 'other'"):
         start("other")
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "eam"])
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+def test_mo22_ranks_with_a_part_of_the_experts_add_up_to_the_whole(policy, placement):
+    """Two ranks see the same tokens and ids; each offloads its own experts and leaves out the others."""
+    experts = np.arange(EXPERTS)
+    owner = experts // 5 if placement == "linear" else experts % 2  # 5 and 3, or 4 and 4
+    maps = [tuple(np.where(owner == rank, np.cumsum(owner == rank) - 1, -1).tolist()) for rank in range(2)]
+    prefetch = "eam" if policy == "eam" else "none"
+    ranks = [
+        build(map_, policy=policy, prefetch=prefetch, record_trace=True, debug_checks=True) for map_ in maps
+    ]
+    rng = np.random.default_rng(0)
+    for number in range(14):
+        tokens = 40 if number in {1, 6} else int(rng.integers(1, 5))
+        for offload, _ in ranks:
+            offload.begin_step(Step(tokens, number, lambda tokens=tokens: [("a", tokens)]), [], [])
+        for layer in range(LAYERS):
+            ids = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens + number % 3)])
+            ids = torch.from_numpy(ids).int()
+            x, weights = torch.randn(len(ids), 4), torch.rand(len(ids), TOP_K)
+            parts = [layers[layer]._serve_direct(x, weights, ids) for _, layers in ranks]
+            whole = ranks[0][1][layer].expected(x, weights, ids)
+            # One term of each sum is zero or both ranks' terms are added once more: rounding may differ.
+            torch.testing.assert_close(parts[0][:tokens] + parts[1][:tokens], whole[:tokens])
+        for offload, _ in ranks:
+            offload.end_step()
+    traces, served = [], []
+    for rank, (offload, _) in enumerate(ranks):
+        report = offload.stats()
+        assert report["accesses"] == report["hits"] + report["misses"] > 0
+        assert report["misses"] + report["prefetched"] == report["copies"] + report["in_place"]
+        assert report["num_slots"] == int(0.4 * LAYERS * (owner == rank).sum())
+        (cache,) = offload.caches
+        cache.verify()
+        assert (cache.slot_of_expert.numpy()[:, owner != rank] == -1).all()
+        traces.append(offload.collect_trace())
+        served.append(report["accesses"])
+    # Both know the routing of all experts, and each counts accesses to its own.
+    np.testing.assert_array_equal(traces[0].expert_ids, traces[1].expert_ids)
+    steps = [traces[0].expert_ids[traces[0].step == step] for step in range(14)]
+    asked = [np.unique(ids[:, layer]) for ids in steps for layer in range(LAYERS)]
+    for rank in range(2):
+        assert served[rank] == sum(int((owner[needed] == rank).sum()) for needed in asked)

@@ -29,12 +29,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 from nerfstudio_phdropout import (  # noqa: E402
     PHDropoutConfig,
     ause,
+    drop_uniforms,
     ensemble_efficacy,
     fuse_by_uncertainty,
     max_dropout_ratio,
     nll,
     spearman,
     uncertainty_metrics,
+    unknown_background_std,
 )
 from nerfstudio_phdropout.information import (  # noqa: E402
     SplatInformation,
@@ -80,13 +82,15 @@ torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity = NoLPIPS  # type:
 
 # The member that is trained with dropout, at this ratio, as MC dropout wants it.
 TRAINED, TRAINED_RATIO = -1, 0.1
+FIRST_MASK = 1_000_000  # masks of training are others than those of the trials
 
 
 @dataclass(frozen=True)
 class Job:
     """One model to train: member 0 of a scene is judged, the others only give images to the ensemble.
 
-    Member ``TRAINED`` is a model trained with dropout of hidden units.
+    Member ``TRAINED`` is a model trained with dropout: of hidden units, or of Gaussians. ``only`` names the
+    arms wanted, all if empty.
     """
 
     kind: str
@@ -100,6 +104,7 @@ class Job:
     stride: int
     views: int
     small: bool
+    only: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -174,13 +179,37 @@ def train(job: Job) -> tuple[Any, float]:
 
 
 def _drop_in_training(trainer: Any) -> None:
+    """A fresh mask for every training step, at the ratio of MC dropout."""
     plain, model = trainer.train_iteration, trainer.pipeline.model
+    if hasattr(model, "gauss_params"):
+        masked_class = type("Masked", (_MaskedOpacities, type(model)), {"mask_number": 0})
+        usual_class = type(model)
 
     def masked(step: int) -> Any:
-        with model._trial(TRAINED_RATIO, 1_000_000 + step):
+        if not hasattr(model, "gauss_params"):
+            with model._trial(TRAINED_RATIO, FIRST_MASK + step):
+                return plain(step)
+        model.__class__, masked_class.mask_number = masked_class, FIRST_MASK + step
+        try:
             return plain(step)
+        finally:
+            model.__class__ = usual_class
 
     trainer.train_iteration = masked
+
+
+class _MaskedOpacities:
+    """A splatfacto whose Gaussians are dropped, differentiably for those that stay."""
+
+    mask_number: int
+    gauss_params: Any
+
+    @property
+    def opacities(self) -> Tensor:
+        """Logits ``[N, 1]``; those of dropped Gaussians are next to nothing."""
+        logits = self.gauss_params["opacities"]
+        drawn = drop_uniforms(len(logits), seed=0, trial=self.mask_number, device=logits.device)
+        return torch.where(drawn[:, None] < TRAINED_RATIO, logits.detach() - 40.0, logits)
 
 
 def tensors(job: Job, pipeline: Any, split: str, count: int) -> tuple[list[Any], Tensor, Tensor]:
@@ -340,6 +369,15 @@ class SplatArms:
         moments = [self.model.moments_for_camera(camera, self.ratios[name]) for camera in self.cameras]
         return self._strided([m.mean for m in moments]), self._strided([m.std for m in moments])
 
+    def trained_dropout(self) -> Maps:
+        """MC dropout of a model that was trained with it: its exact limit of many trials."""
+        self.ratios["trained MC dropout"] = TRAINED_RATIO
+        return self.dropout("trained MC dropout", PHDropoutConfig())
+
+    def own_sigma(self) -> Tensor:
+        """The exact sigma of this model, at the ratio found for it."""
+        return self.dropout("exact", PHDropoutConfig(search_views=2 if self.job.small else 4))[1]
+
     @torch.no_grad()
     def information(self) -> SplatInformation:
         """What training views say about the Gaussians."""
@@ -359,6 +397,18 @@ class SplatArms:
             rasterization_moments(**self._render_arguments(c), dropout_ratio=ratios)[0] for c in self.cameras
         ]
         return self._strided([m.mean[0] for m in moments]), self._strided([m.std[0] for m in moments])
+
+    @torch.no_grad()
+    def unknown_background(self) -> Maps:
+        """Exact moments, and the spread of a background of which nothing is known."""
+        ratio = self.ratios.get("exact", 0.05)
+        moments = [
+            rasterization_moments(**self._render_arguments(c), dropout_ratio=ratio)[0] for c in self.cameras
+        ]
+        return (
+            self._strided([m.mean[0] for m in moments]),
+            self._strided([unknown_background_std(m)[0] for m in moments]),
+        )
 
     @torch.no_grad()
     def laplace(self) -> Maps:
@@ -391,6 +441,7 @@ class SplatArms:
         )
         return {
             "exact": lambda: self.dropout("exact", exact),
+            "exact, background unknown": self.unknown_background,
             "Fisher (FisherRF)": self.fisher,
             "Laplace (BayesRays)": self.laplace,
             "exact, ratios by information": self.by_information,

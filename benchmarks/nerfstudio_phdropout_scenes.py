@@ -97,18 +97,24 @@ def judge(job: Any) -> None:
 
     from benchmarks import nerfstudio_phdropout_arms as arms
 
+    record = job.work / f"{job.name}.json"
+    if record.exists() and json.loads(record.read_text()).get("complete"):
+        return
     pipeline, seconds = arms.train(job)
     measured = (arms.NerfArms if job.kind == "nerfacto" else arms.SplatArms)(job, pipeline)
     if job.member == arms.TRAINED:
         maps, plain = measured.trained_dropout(), measured.plain()
         found = arms.score(*maps, measured.targets, measured.masks, plain=plain)
         scores = {"trained MC dropout": found}
-        _write_json(job.work / f"{job.name}.json", {"training_seconds": seconds, "scores": scores})
+        _write_json(record, {"training_seconds": seconds, "scores": scores, "complete": True})
         return
     with torch.no_grad():
         plain = measured.plain()
     _save(job.work / f"{job.name}.npy", lambda path: np.save(path, plain.cpu().numpy()))
-    _write_json(job.work / f"{job.name}.json", {"training_seconds": seconds})
+    if job.kind == "splatfacto" and job.member:
+        sigma = measured.own_sigma().cpu().numpy()
+        _save(job.work / f"{job.name}_sigma.npy", lambda path: np.save(path, sigma))
+    _write_json(record, {"training_seconds": seconds, "complete": bool(job.member)})
     if job.member:
         return
     targets, masks = measured.targets, measured.masks
@@ -129,7 +135,9 @@ def judge(job: Any) -> None:
     }
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(plain.shape, generator=generator).to(plain.device) * 0.1
-    chosen: dict[str, Callable[[], Any]] = measured.arms()
+    chosen: dict[str, Callable[[], Any]] = {
+        name: run for name, run in measured.arms().items() if not job.only or name in job.only
+    }
     first = dict(list(chosen.items())[:1])
     extra = {
         "1 - accumulation": lambda: (plain, (1 - measured.accumulation()).clamp(min=0).expand_as(plain)),
@@ -142,10 +150,11 @@ def judge(job: Any) -> None:
         maps[f"sigma: {name}"] = sigma[view].mean(-1).cpu().numpy()
         if name == FUSED[job.kind]:
             _save(job.work / f"{job.name}_sigma.npy", lambda path, s=sigma: np.save(path, s.cpu().numpy()))
-        _write_json(job.work / f"{job.name}.json", result)
+        _write_json(record, result)
         print(name, result["scores"][name], flush=True)
         halves = {key: value.astype(np.float16) for key, value in maps.items()}
         _save(job.work / f"{job.name}.npz", lambda path, kept=halves: np.savez_compressed(path, **kept))
+    _write_json(record, {**result, "complete": True})
 
 
 def time_arms(job: Any) -> None:
@@ -209,21 +218,21 @@ def add_ensembles(work: Path, scene: int, kind: str, found: dict[str, Any], maps
     maps[f"sigma: {name}"] = sigma[len(sigma) * 3 // 4].mean(-1).numpy()
 
 
-def fuse_kinds(work: Path, scene: int) -> dict[str, float] | None:
-    """Errors of a scene's two models and of their fusion, once both are judged."""
+def fuse(work: Path, names: list[str]) -> dict[str, float] | None:
+    """Errors of one scene's models and of their fusion, as far as they are judged; None below two."""
     import torch
 
     from benchmarks.nerfstudio_phdropout_arms import fusion
 
-    names = [f"{kind}{scene}_0" for kind in KINDS]
-    if not all((work / f"{name}_sigma.npy").exists() for name in names):
+    names = [name for name in names if (work / f"{name}_sigma.npy").exists()]
+    truths = [path for name in names if (path := work / f"{name}_truth.npz").exists()]
+    if len(names) < 2 or not truths:
         return None
     images, sigmas = (
         torch.from_numpy(np.stack([np.load(work / f"{name}{suffix}.npy") for name in names]))
         for suffix in ("", "_sigma")
     )
-    target = torch.from_numpy(np.load(work / f"{names[0]}_truth.npz")["target"])
-    return fusion(images, sigmas, target)
+    return fusion(images, sigmas, torch.from_numpy(np.load(truths[0])["target"]))
 
 
 def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tuple[str, ...] = ()) -> None:
@@ -275,8 +284,12 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
             trained = [json.loads(p.read_text()) for p in sorted(work.glob(f"{kind}{scene}_[0-9].json"))]
             found["training_seconds"] = [member["training_seconds"] for member in trained]
             results[f"scene {scene}, {kind}"], sheet[kind] = found, maps
-        if len(sheet) == len(KINDS) and pictures:
-            fused[f"scene {scene}"] = fuse_kinds(work, scene)
+        if sheet and pictures:
+            sets = {
+                "nerfacto and splatfacto": [f"{kind}{scene}_0" for kind in KINDS],
+                "splatfacto members": [f"splatfacto{scene}_{member}" for member in range(options.members)],
+            }
+            fused[f"scene {scene}"] = {what: fuse(work, names) for what, names in sets.items()}
         if sheet and pictures:
             draw(out / f"{NAME}_{scene}.png", sheet)
             flat = {f"{kind}|{name}": m for kind, maps in sheet.items() for name, m in maps.items()}
@@ -290,7 +303,7 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
     write_result(
         NAME,
         question="Which uncertainty ranks and sizes the errors of half-circle captures best, at what cost?",
-        headline=headlines(results, samples),
+        headline=headlines(results, samples, fused),
         samples=samples,
         folder=out,
         results=results,
@@ -306,9 +319,25 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
     return results
 
 
-def headlines(results: dict[str, Any], samples: dict[str, list[float]]) -> list[Headline]:
-    """Means over scenes with their span, of each arm and metric; then costs beside one plain rendering."""
+def headlines(
+    results: dict[str, Any], samples: dict[str, list[float]], fused: dict[str, Any]
+) -> list[Headline]:
+    """Means over scenes with their span, of each arm and metric; of fusion; costs beside a rendering."""
     rows = []
+    for what in dict.fromkeys(key for found in fused.values() for key in found):
+        known = [found[what] for found in fused.values() if found[what]]
+        for way in ("view", "pixel", "inverse_variance", "efficacy"):
+            values = [
+                found[way] if way == "efficacy"
+                else found[way] / min(v for k, v in found.items() if k.startswith("model"))
+                for found in known
+            ]  # fmt: skip
+            if values:
+                label = (
+                    "E_em" if way == "efficacy" else f"squared error of fusion by {way} / of the best model"
+                )
+                span = {"low": min(values), "high": max(values), "note": f"mean of {len(values)} scenes"}
+                rows.append(Headline(f"{label}: {what}", statistics.fmean(values), "", **span))
     for kind in KINDS:
         scores = [found["scores"] for name, found in results.items() if name.endswith(kind)]
         arms = dict.fromkeys(arm for found in scores for arm in found)
@@ -339,13 +368,12 @@ def jobs_in_order(options: argparse.Namespace) -> list[Any]:
     order = [(kind, scene, 0) for kind in kinds for scene in options.scenes]
     for scene in options.scenes:
         order += [(kind, scene, member) for kind in kinds for member in range(1, options.members)]
-        if "nerfacto" in kinds:
-            order.append(("nerfacto", scene, TRAINED))
+        order += [(kind, scene, TRAINED) for kind in kinds]
     return [
         Job(
             kind, scene, member, options.work / f"scene{scene}_{options.resolution}", options.work,
             options.device, steps[kind], options.trials, options.stride, options.views,
-            small=options.device == "cpu",
+            small=options.device == "cpu", only=tuple(options.arms),
         )
         for kind, scene, member in order
     ]  # fmt: skip
@@ -409,6 +437,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=3, help="processes at a time, spread over visible GPUs")
     parser.add_argument("--scenes", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--arms", nargs="+", default=[], help="names of those to judge, all by default")
     parser.add_argument("--members", type=int, default=5, help="models of an ensemble")
     parser.add_argument("--resolution", type=int, default=400)
     parser.add_argument("--train-views", type=int, default=20)

@@ -22,6 +22,7 @@ from nerfstudio_phdropout.selection import (
     ensemble_efficacy,
     fuse_by_uncertainty,
     next_best_views,
+    unknown_background_std,
     view_score,
 )
 
@@ -51,5 +52,6 @@ __all__ = [
     "sparsification_curve",
     "spearman",
     "uncertainty_metrics",
+    "unknown_background_std",
     "view_score",
 ]

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nerfstudio_phdropout.moments import RenderMoments
+
 # Weights of the inverse-variance blend stay finite where a model is certain.
 _VARIANCE_FLOOR = 1e-8
 
@@ -17,6 +19,33 @@ def view_score(rgb_std: Tensor, reduction: Literal["mean", "max"] = "mean") -> f
     if reduction not in ("mean", "max"):
         raise ValueError(f"reduction must be 'mean' or 'max', got {reduction!r}")
     return float(rgb_std.mean() if reduction == "mean" else rgb_std.max())
+
+
+def unknown_background_std(moments: RenderMoments, spread: float = 12**-0.5) -> Tensor:
+    """Sigma where the colour behind the Gaussians is not known either: ``sqrt(V + E[T^2] spread^2)``.
+
+    Dropping Gaussians cannot move a pixel that has none, so plain sigma is 0 where a model has a hole. With
+    an independent background of standard deviation ``spread`` the law of total variance adds
+    ``E[T^2] = (1 - accumulation)^2 + accumulation_variance`` times its variance, exactly. To choose views,
+    or between models that have seen different sides, use this one.
+
+    Args:
+        moments: of `rasterization_moments` or `composite_moments`; fields ``[*B, D]`` and ``[*B]``.
+        spread: of the background; by default that of a uniform colour.
+
+    Returns:
+        ``[*B, D]``.
+
+    Raises:
+        ValueError: moments without accumulation, or a negative spread.
+    """
+    accumulation, variance = moments.accumulation, moments.accumulation_variance
+    if accumulation is None or variance is None:
+        raise ValueError("moments have no accumulation; take those of rasterization_moments")
+    if not spread >= 0:
+        raise ValueError(f"spread must be >= 0, got {spread}")
+    transparent = (1 - accumulation) ** 2 + variance
+    return (moments.variance + (transparent * spread**2)[..., None]).sqrt()
 
 
 def next_best_views(scores: Sequence[float], k: int) -> list[int]:

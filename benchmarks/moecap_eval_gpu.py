@@ -124,7 +124,7 @@ class _Switching:
         return self._oracle or []
 
     def bench_replay(self, rows: int, turns: int) -> dict[str, list[float]]:
-        """Seconds of a whole-pass graph replayed alone, with the gather in it, and with all of recording."""
+        """Seconds of a whole-pass graph replayed alone, with the ring in it, and with all of recording."""
         from vllm.config.compilation import CUDAGraphMode
 
         full = next(
@@ -143,11 +143,11 @@ class _Switching:
         counters = self._moecap._counters  # type: ignore[attr-defined]
 
         def recorded() -> None:
-            counters.begin()
+            counters.begin(rows)
             graphs["on"].replay()
-            counters.end(rows)
+            counters.end()
 
-        arms = {"plain": graphs["off"].replay, "gather": graphs["on"].replay, "recorded": recorded}
+        arms = {"plain": graphs["off"].replay, "ring": graphs["on"].replay, "recorded": recorded}
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         for turn in range(turns + 1):
@@ -339,7 +339,7 @@ def replay(bench: Bench) -> None:
 def _replay_rows(bench: Bench, batch: int, seconds: dict[str, list[float]]) -> None:
     """The device's own time, whatever the host does meanwhile."""
     bench.samples |= {f"batch {batch}, replayed graph, {arm}": values for arm, values in seconds.items()}
-    for arm, what in (("gather", "with the gather in its graph"), ("recorded", "recorded")):
+    for arm, what in (("ring", "with the ring in its graph"), ("recorded", "recorded")):
         cost = paired_ratio(seconds["plain"], seconds[arm])
         extra = statistics.median(seconds[arm]) - statistics.median(seconds["plain"])
         bench.headline.append(

@@ -6,13 +6,14 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecap_eval.accounting import draft_bytes
+from moecap_eval.engines.generation import Generation, json_values, spec_of
 from moecap_eval.engines.vllm_worker import CPU_WORKER, GPU_WORKER
 from moecap_eval.load import LoadReport
 from moecap_eval.model_spec import ModelSpec
@@ -132,28 +133,11 @@ def model_spec(llm: LLM) -> ModelSpec:
     Raises:
         ValueError: a ``model_type`` the accounting does not support.
     """
-    known = facts(llm)
-    return ModelSpec.from_config(
-        known["model_config"], weight_dtype=known["weight_dtype"], kv_dtype=known["kv_dtype"]
-    )
+    return spec_of(facts(llm))
 
 
 def _cache_dtype(name: str) -> str:
     return "fp8" if name.startswith("fp8") else name
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    ``ttft_s`` runs from the moment the request got its place in the batch to its first token, ``tpot_s`` is
-    the mean time of each further token; both are None where they are not defined or not recorded.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str
-    ttft_s: float | None
-    tpot_s: float | None
 
 
 def generate(
@@ -268,18 +252,10 @@ def facts(llm: LLM) -> dict[str, Any]:
     cache_dtype = config.cache_config.cache_dtype
     return {
         "engine": f"vllm {vllm.__version__}",
-        "model_config": _json_values(config.model_config.hf_text_config.to_dict()),
+        "model_config": json_values(config.model_config.hf_text_config.to_dict()),
         "weight_dtype": dtype,
         "kv_dtype": dtype if cache_dtype == "auto" else _cache_dtype(cache_dtype),
     }
-
-
-def _json_values(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _json_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_json_values(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def drain_steps(llm: LLM) -> list[StepRecord]:
@@ -305,7 +281,7 @@ def _with_drafts(step: StepRecord, speculative: Any) -> StepRecord:
         config = speculative.draft_model_config
         dtype = str(config.dtype).removeprefix("torch.")
         draft = ModelSpec.from_config(
-            _json_values(config.hf_text_config.to_dict()), weight_dtype=dtype, kv_dtype=dtype
+            json_values(config.hf_text_config.to_dict()), weight_dtype=dtype, kv_dtype=dtype
         )
         return replace(step, draft_bytes=draft_bytes(draft, step, speculative.num_speculative_tokens))
     except ValueError as error:

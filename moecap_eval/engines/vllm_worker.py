@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moecap_eval.accounting import clip_to_window
-from moecap_eval.engines.counters import HostPassCounters, PassCounts
-from moecap_eval.engines.device_counters import DevicePassCounters
+from moecap_eval.engines.counters import PassCounters
+from moecap_eval.engines.passes import Announced, PassShape, step_fields
 
 CPU_WORKER = f"{__name__}.ProfilingCPUWorker"
 GPU_WORKER = f"{__name__}.ProfilingGPUWorker"
@@ -39,50 +37,15 @@ def __getattr__(name: str) -> type:
     return made
 
 
-class _Announced(NamedTuple):
-    """What the scheduler says about a pass, copied on the step's path and evaluated beside it."""
-
-    rows: int
-    tokens: dict[str, int]
-    computed: list[tuple[str, int]]
-    drafts: int
-
-    @classmethod
-    def of(cls, scheduled: Any) -> _Announced:
-        cached = scheduled.scheduled_cached_reqs
-        computed = list(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        computed += [(new.req_id, new.num_computed_tokens) for new in scheduled.scheduled_new_reqs]
-        drafts = sum(map(len, scheduled.scheduled_spec_decode_tokens.values()))
-        return cls(
-            scheduled.total_num_scheduled_tokens, dict(scheduled.num_scheduled_tokens), computed, drafts
-        )
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The sizes of a pass as a ``StepRecord`` has them."""
-
-    tokens: int
-    requests: int
-    sampled_tokens: int
-    kv_tokens_read: int
-    attended_positions: int
-    windowed: dict[int, tuple[int, int]]
-
-    @classmethod
-    def of(cls, announced: _Announced, windows: Sequence[int]) -> _Shape:
-        computed = dict(announced.computed)
-        kv_tokens = pairs = 0
-        clipped = dict.fromkeys(windows, (0, 0))
-        for request, tokens in announced.tokens.items():
-            past = computed[request]
-            kv_tokens += past + tokens
-            pairs += tokens * past + tokens * (tokens + 1) // 2
-            for window, sums in clipped.items():
-                read, seen = clip_to_window(past, tokens, window)
-                clipped[window] = sums[0] + read, sums[1] + seen
-        requests = len(announced.tokens)
-        return cls(announced.rows, requests, requests + announced.drafts, kv_tokens, pairs, clipped)
+def announced(scheduled: Any) -> Announced:
+    """What vLLM's scheduler says about a pass; the lists are copied, as the engine may change its own."""
+    cached = scheduled.scheduled_cached_reqs
+    computed = list(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    computed += [(new.req_id, new.num_computed_tokens) for new in scheduled.scheduled_new_reqs]
+    drafts = sum(map(len, scheduled.scheduled_spec_decode_tokens.values()))
+    return Announced(
+        scheduled.total_num_scheduled_tokens, dict(scheduled.num_scheduled_tokens), computed, drafts
+    )
 
 
 class _ProfilingMixin:
@@ -95,7 +58,7 @@ class _ProfilingMixin:
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._moecap.paused or scheduler_output.total_num_scheduled_tokens == 0:
             return super().execute_model(scheduler_output)  # type: ignore[misc]
-        self._moecap.begin(_Announced.of(scheduler_output))
+        self._moecap.begin(announced(scheduler_output))
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if output is not None:  # else vLLM samples in a second call, which belongs to this pass
             self._moecap.end(output)
@@ -106,6 +69,10 @@ class _ProfilingMixin:
         self._moecap.end(output)
         return output
 
+    def execute_dummy_batch(self) -> None:
+        self._moecap.flush()  # it may replay graphs that record
+        super().execute_dummy_batch()  # type: ignore[misc]
+
     def moecap_configure(
         self, moved_bytes: str | None, record_routing: bool, windows: Sequence[int] = ()
     ) -> list[int]:
@@ -114,7 +81,7 @@ class _ProfilingMixin:
 
     def moecap_pause(self, paused: bool) -> None:
         """Record no pass until called with False."""
-        self._moecap.paused = paused
+        self._moecap.pause(paused)
 
     def moecap_drain(self) -> list[dict[str, Any]]:
         """Fields of the ``StepRecord`` of each pass since the last call, in order."""
@@ -157,26 +124,19 @@ class _Recorder:
         self._layers = _moe_layers(self._runner.get_model())
         self._layer_ids = [layer.layer_id for layer in self._layers]
         self._top_k = self._layers[0].router.top_k if self._layers else 0
-        num_experts = _num_logical_experts(self._layers[0]) if self._layers else 0
-        graph_rows = config.compilation_config.max_cudagraph_capture_size or 0
-        sizes: dict[str, Any] = {
-            "num_layers": len(self._layers),
-            "num_experts": num_experts,
-            "top_k": self._top_k,
-            "max_rows": max(config.scheduler_config.max_num_batched_tokens, graph_rows),
-            "input_ids": _input_ids(self._runner),
-        }
-        self._counters: HostPassCounters | DevicePassCounters = (
-            HostPassCounters(**sizes)
-            if worker.device.type == "cpu"
-            else DevicePassCounters(**sizes, graph_rows=graph_rows, device=worker.device)
+        self._counters = PassCounters(
+            num_layers=len(self._layers),
+            num_experts=_num_logical_experts(self._layers[0]) if self._layers else 0,
+            top_k=self._top_k,
+            input_ids=_input_ids(self._runner),
+            device=worker.device,
         )
         self._bound: list[Callable[[Tensor], None]] = []
         self._bind()
         self._moved_bytes: Callable[[], dict[str, int]] | None = None
         self._record_routing = False
-        self._current: _Announced | None = None
-        self._pending: list[tuple[_Announced, dict[str, int], int | None]] = []
+        self._current: Announced | None = None
+        self._pending: list[tuple[Announced, dict[str, int], int | None]] = []
         self._steps: list[dict[str, Any]] = []
         self._routing: tuple[list[np.ndarray], list[int]] = ([], [])
         self._checked = False
@@ -194,11 +154,19 @@ class _Recorder:
         self._record_routing = record_routing
         return list(self._layer_ids)
 
-    def begin(self, announced: _Announced) -> None:
+    def begin(self, announced: Announced) -> None:
         if not self._checked:
             self._check_still_bound()
         self._current = announced
-        self._counters.begin()
+        self._counters.begin(announced.rows)
+
+    def flush(self) -> None:
+        """Count what was recorded so far: graphs that run outside of passes write where it lies."""
+        self._counters.flush()
+
+    def pause(self, paused: bool) -> None:
+        self.flush()
+        self.paused = paused
 
     def _check_still_bound(self) -> None:
         for layer, bound in zip(self._layers, self._bound, strict=True):
@@ -212,7 +180,7 @@ class _Recorder:
     def end(self, output: Any) -> None:
         if self._current is None:
             return
-        self._counters.end(self._current.rows)
+        self._counters.end()
         moved = dict(self._moved_bytes()) if self._moved_bytes else {}
         accepted = _accepted_tokens(output) if self._speculates else None
         self._pending.append((self._current, moved, accepted))
@@ -231,40 +199,12 @@ class _Recorder:
     def _collect(self) -> None:
         pending, self._pending = self._pending, []
         for (announced, moved, accepted), counts in zip(pending, self._counters.drain(), strict=True):
-            shape = _Shape.of(announced, self.windows)
-            self._steps.append({**self._step(shape, moved, counts), "accepted_tokens": accepted})
+            shape = PassShape.of(announced, self.windows)
+            fields = step_fields(shape, counts, self._layer_ids, self._top_k)
+            self._steps.append({**fields, "moved_bytes": moved, "accepted_tokens": accepted})
             if self._record_routing:
                 self._routing[0].append(counts.counts)
                 self._routing[1].append(shape.tokens)
-
-    def _step(self, shape: _Shape, moved: dict[str, int], counts: PassCounts) -> dict[str, Any]:
-        touched = (counts.counts > 0).sum(axis=1)
-        loaded = None if np.array_equal(touched, counts.loaded) else self._by_layer(counts.loaded)
-        return {
-            "duration_s": counts.duration_s,
-            "tokens": shape.tokens,
-            "requests": shape.requests,
-            "sampled_tokens": shape.sampled_tokens,
-            "distinct_tokens": counts.distinct_tokens,
-            "kv_tokens_read": shape.kv_tokens_read,
-            "attended_positions": shape.attended_positions,
-            "experts_touched": self._by_layer(touched),
-            "experts_loaded": loaded,
-            "moved_bytes": moved,
-            "invalid": self._hole(shape, counts),
-            "windowed": shape.windowed,
-        }
-
-    def _by_layer(self, values: np.ndarray) -> dict[int, int]:
-        return {layer: int(value) for layer, value in zip(self._layer_ids, values, strict=True)}
-
-    def _hole(self, shape: _Shape, counts: PassCounts) -> str | None:
-        """Each layer must have seen ``top_k`` experts of every row, or the pass is not usable."""
-        expected = shape.tokens * self._top_k
-        for layer, total in zip(self._layer_ids, counts.counts.sum(axis=1), strict=True):
-            if total != expected:
-                return f"layer {layer}: routed {total} (token, expert) pairs, expected tokens*k = {expected}"
-        return None
 
 
 def _both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moecap_eval.axes import FAST_MEMORY, STARTUP, THROUGHPUT, USD_PER_MILLION, USD_PER_THOUSAND_CORRECT
@@ -36,6 +37,7 @@ _UNIT_ENDINGS = ("_s", "_bytes", "_usd", "_db")
 class ArmStory:
     """One arm in words. ``gains``, ``losses``, ``same`` and ``unclear`` are phrases with figures.
 
+    ``gain`` and ``loss`` are what to say in a sentence: the headline axes, and how many others there are.
     ``accuracy_open``: a headline accuracy is not settled and the outputs are not all the baseline's.
     """
 
@@ -45,6 +47,8 @@ class ArmStory:
     losses: tuple[str, ...]
     same: tuple[str, ...]
     unclear: tuple[str, ...]
+    gain: str
+    loss: str
     sentence: str
     improvement: float
     accuracy_open: bool
@@ -90,33 +94,43 @@ def title(axis: str) -> str:
 
 def tell(comparison: Comparison, arm: str) -> ArmStory:
     """One arm's story, from its judged rows."""
-    gains, losses, same, unclear = [], [], [], []
+    gains: list[tuple[Axis, str]] = []
+    losses: list[tuple[Axis, str]] = []
+    same, unclear = [], []
     for row in comparison.of_arm(arm):
         axis = comparison.axes[row.axis]
         if row.axis.startswith(USD_PER_THOUSAND_CORRECT):
             continue  # follows from cost and accuracy
         side = _side(row, axis, comparison)
         if side == "better":
-            gains.append(_phrase(row, axis))
+            gains.append((axis, _phrase(row, axis)))
         elif side == "worse":
-            losses.append(_phrase(row, axis))
+            losses.append((axis, _phrase(row, axis)))
         elif side == "equivalent" and axis.headline:
             same.append(title(row.axis))
         elif side == "unclear" and axis.headline:
             unclear.append(_open_question(row))
-    outcome = _outcome(comparison, arm, gains=gains, losses=losses, same=same, unclear=unclear)
-    sentence = _sentence(comparison, arm, outcome, gains=gains, losses=losses, same=same, unclear=unclear)
-    return ArmStory(
+    story = ArmStory(
         arm,
-        outcome,
-        tuple(gains),
-        tuple(losses),
+        _outcome(comparison, arm, gains=bool(gains), losses=bool(losses), settled=bool(same and not unclear)),
+        tuple(text for _, text in gains),
+        tuple(text for _, text in losses),
         tuple(same),
         tuple(unclear),
-        sentence,
+        _in_a_sentence(gains),
+        _in_a_sentence(losses),
+        "",
         _improvement(comparison, arm),
         _accuracy_open(comparison, arm),
     )
+    return replace(story, sentence=_sentence(comparison, story))
+
+
+def _in_a_sentence(phrases: Sequence[tuple[Axis, str]]) -> str:
+    """The headline axes' phrases, all of them where there are none; what is left out is counted."""
+    chosen = [text for axis, text in phrases if axis.headline] or [text for _, text in phrases]
+    rest = len(phrases) - len(chosen)
+    return _join(chosen) + (f" ({rest} more below)" if rest else "")
 
 
 def recommend(comparison: Comparison) -> Recommendation:
@@ -138,12 +152,12 @@ def recommend(comparison: Comparison) -> Recommendation:
         reverse=True,
     )
     unsettled = tuple(
-        f"{story.arm} has {_join(story.gains)}, but {_join(story.unclear)} is not settled: run more items."
+        f"{story.arm} has {story.gain}, but {_join(story.unclear)} is not settled: run more items."
         for story in better
         if story.accuracy_open
     )
     tips = unsettled + tuple(
-        f"Choose {story.arm} only if {_join(story.gains)} is worth {_join(story.losses)} to you."
+        f"Choose {story.arm} only if {story.gain} is worth {story.loss} to you."
         for story in stories
         if story.outcome == "trade-off"
         and not (winners and _dominated(comparison, story.arm, winners[0].arm))
@@ -152,7 +166,7 @@ def recommend(comparison: Comparison) -> Recommendation:
         best = winners[0]
         held = f"; {_join(best.same)} stays the same within the margin" if best.same else ""
         open_points = f" Not settled: {_join(best.unclear)}." if best.unclear else ""
-        gained = f"Against {baseline} it has {_join(best.gains)}{held}"
+        gained = f"Against {baseline} it has {best.gain}{held}"
         reason = f"{gained}, and nothing measured got worse.{open_points}"
         return Recommendation(best.arm, f"Choose {best.arm}", reason, tips)
     if all(story.outcome in {"unclear", "failed"} for story in stories):
@@ -243,47 +257,31 @@ def _phrase(row: Row, axis: Axis) -> str:
     return f"{change(value, row.effect)} the {name}{noisy}"
 
 
-def _outcome(
-    comparison: Comparison,
-    arm: str,
-    *,
-    gains: list[str],
-    losses: list[str],
-    same: list[str],
-    unclear: list[str],
-) -> Outcome:
+def _outcome(comparison: Comparison, arm: str, *, gains: bool, losses: bool, settled: bool) -> Outcome:
     if arm in comparison.failures and not any(row.estimate for row in comparison.of_arm(arm)):
         return "failed"
     if gains and losses:
         return "trade-off"
     if gains or losses:
         return "better" if gains else "worse"
-    return "no difference" if same and not unclear else "unclear"
+    return "no difference" if settled else "unclear"
 
 
-def _sentence(
-    comparison: Comparison,
-    arm: str,
-    outcome: Outcome,
-    *,
-    gains: list[str],
-    losses: list[str],
-    same: list[str],
-    unclear: list[str],
-) -> str:
-    if outcome == "failed":
+def _sentence(comparison: Comparison, story: ArmStory) -> str:
+    arm, same = story.arm, _join(story.same)
+    if story.outcome == "failed":
         return f"It failed before it could be compared: {comparison.failures[arm]}"
     text = {
-        "trade-off": f"It has {_join(gains)}, but {_join(losses)}",
-        "better": f"It has {_join(gains)}, and nothing measured got worse",
-        "worse": f"It has {_join(losses)}, and no gain was shown",
-        "no difference": "It does the same as the baseline within the margins",
+        "trade-off": f"It has {story.gain}, but {story.loss}",
+        "better": f"It has {story.gain}, and nothing measured got worse",
+        "worse": f"It has {story.loss}, and no gain was shown",
+        "no difference": f"It does the same as the baseline within the margins: {same}",
         "unclear": "It could not be told apart from the baseline",
-    }[outcome]
-    if same:
-        text += f"; the same within the margin: {_join(same)}"
-    if unclear:
-        text += f"; not settled: {_join(unclear)}"
+    }[story.outcome]
+    if same and story.outcome != "no difference":
+        text += f"; the same within the margin: {same}"
+    if story.unclear:
+        text += f"; not settled: {_join(story.unclear)}"
     if arm in comparison.identical_outputs:
         equal, total = comparison.identical_outputs[arm]
         every = "all" if equal == total else f"{equal} of"
@@ -314,7 +312,7 @@ def _improvement(comparison: Comparison, arm: str) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
-def _join(phrases: list[str] | tuple[str, ...]) -> str:
+def _join(phrases: Sequence[str]) -> str:
     if len(phrases) < 2:
         return "".join(phrases)
     return f"{', '.join(phrases[:-1])} and {phrases[-1]}"

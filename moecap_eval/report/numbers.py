@@ -27,7 +27,7 @@ def number(value: float | None) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A number with its unit; bytes get binary prefixes, bytes and FLOPs per second decimal ones."""
+    """A number with its unit and a prefix: binary for bytes, decimal for their rates and for short times."""
     if value is None:
         return UNKNOWN
     if unit == "B":
@@ -36,6 +36,9 @@ def quantity(value: float | None, unit: str) -> str:
         for scale, prefix in _DECIMAL:
             if abs(value) >= scale:
                 return f"{number(value / scale)} {prefix}{unit}"
+    if unit == "s" and 0 < abs(value) < 1:
+        scale, prefix = (1e3, "m") if abs(value) >= 1e-3 else (1e6, "µ")
+        return f"{number(scale * value)} {prefix}s"
     return f"{number(value)} {unit}".strip().replace(" /s", "/s")
 
 

@@ -22,6 +22,7 @@ BASELINE_STYLE = 0
 CONTROL = "control (A/A)"
 KINDS = {"cost": "Cost", "accuracy": "Accuracy", "performance": "Performance"}
 MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
+_PREFIXED = {"B", "B/s", "s"}  # units whose values carry a prefix
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
     titles = [title(axis.name) for axis in axes]
     return {
         "titles": titles,
-        "units": [axis.unit for axis in axes],
+        "units": ["" if axis.unit in _PREFIXED else axis.unit for axis in axes],
         "spokes": radar.spokes(titles),
         "rings": radar.rings(len(axes)),
         "centre": radar.CENTRE,
@@ -116,7 +117,7 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
             {
                 "arm": arm,
                 "style": numbers[arm],
-                "values": [quantity(arm_value(records, arm, axis), "") for axis in axes],
+                "values": [_legend_value(arm_value(records, arm, axis), axis) for axis in axes],
             }
             for arm in arms
         ],
@@ -127,6 +128,11 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
         if len(axes) < 3
         else [],
     }
+
+
+def _legend_value(value: float | None, axis: Axis) -> str:
+    """With a unit where that has prefixes; the others have theirs in the head of the column."""
+    return quantity(value, axis.unit if axis.unit in _PREFIXED else "")
 
 
 def forest_figures(records: Records, comparison: Comparison) -> list[str]:
@@ -375,9 +381,7 @@ def _short(axis: Axis) -> str:
     """The unit beside a value; the axis's heading has the full one."""
     if axis.unit.startswith("USD"):
         return "USD"
-    if axis.unit.endswith("/s") and axis.unit not in {"B/s", "FLOP/s"}:
-        return "/s"
-    return axis.unit if len(axis.unit) <= 6 and axis.unit != "1" else ""
+    return axis.unit if len(axis.unit) <= 9 and axis.unit != "1" else ""
 
 
 def _mark(label: str, estimate: Estimate, effect: Effect, axis: Axis, style: int) -> figures.Mark:

@@ -29,15 +29,19 @@ from moecap_eval.workload import (
 from moecap_eval.workloads.text_params import TextParams, listed
 
 if TYPE_CHECKING:
-    from moecap_eval.engines.vllm import Generation
+    from moecap_eval.engines.generation import Generation
     from moecap_eval.hardware import HardwareProfile
     from moecap_eval.load import LoadReport
 
+TRANSFORMERS = "transformers"
 __all__ = ["TextGeneration", "TextParams", "TextSystem"]
 
 
 class TextGeneration(Workload):
     """Answers the questions of ``params.tasks`` with ``params.model`` in vLLM.
+
+    An arm ``{engine: {...}}`` passes arguments to ``vllm.LLM``; ``{engine: transformers}`` runs the same
+    questions in Hugging Face Transformers, in groups of ``params.concurrency``.
 
     Every block's items are offered at once, or when ``params.arrivals`` says, and at most
     ``params.concurrency`` run at a time. Questions that are answered by comparing likelihoods (lm_eval's
@@ -83,6 +87,8 @@ class TextGeneration(Workload):
         for key in arm.options:
             if key not in self.arm_options:
                 raise ValueError(unknown_key(f"arms.{arm.name}.{key}", list(self.arm_options)))
+        if arm.options.get("engine") == TRANSFORMERS:
+            return self._open_transformers(arm, params, context)
         arguments = {
             "max_num_seqs": params.concurrency,
             # The same items run several times in one engine (warm-up, A/A control): a cached prefix would
@@ -99,11 +105,30 @@ class TextGeneration(Workload):
         llm = open_llm(params.model, moved_bytes=self.moved_bytes, **arguments)
         return self.system(llm, params, context.hardware, arm)
 
+    def _open_transformers(self, arm: ArmConfig, params: TextParams, context: RunContext) -> TextSystem:
+        others = sorted(set(arm.options) - {"engine"})
+        if others:
+            raise ValueError(f"arms.{arm.name}.{others[0]} needs vLLM, not engine: {TRANSFORMERS}")
+        if params.arrivals is not None:
+            raise ValueError(f"arms.{arm.name}: params.arrivals needs vLLM, not engine: {TRANSFORMERS}")
+        _check_model(params.model)
+        from moecap_eval.engines import hf
+
+        if params.threads is not None:
+            import torch
+
+            torch.set_num_threads(params.threads)
+        engine = hf.open_engine(params.model, max_num_seqs=params.concurrency)
+        return TextSystem(engine, params, context.hardware, hf)
+
     def engine_arguments(self, arm: ArmConfig) -> dict[str, Any]:
         """Arguments of ``vllm.LLM`` for ``arm``; ValueError for a bad option."""
         engine = arm.options.get("engine") or {}
         if not isinstance(engine, Mapping):
-            raise ValueError(f"arms.{arm.name}.engine must map vllm.LLM arguments to values, got {engine!r}")
+            raise ValueError(
+                f"arms.{arm.name}.engine must be {TRANSFORMERS} or map vllm.LLM arguments to values, "
+                f"got {engine!r}"
+            )
         return dict(engine)
 
     def system(self, llm: Any, params: TextParams, hardware: HardwareProfile, arm: ArmConfig) -> TextSystem:
@@ -122,8 +147,10 @@ def _check_model(model: str) -> None:
 class TextSystem(System):
     """A running engine that answers blocks of questions."""
 
-    def __init__(self, llm: Any, params: TextParams, hardware: HardwareProfile) -> None:
-        from moecap_eval.engines import vllm as engine
+    def __init__(self, llm: Any, params: TextParams, hardware: HardwareProfile, engine: Any = None) -> None:
+        """``engine`` is the module of ``moecap_eval.engines`` that opened ``llm``; vLLM's by default."""
+        if engine is None:
+            from moecap_eval.engines import vllm as engine
 
         self.llm, self._params, self._engine = llm, params, engine
         self._facts = engine.facts(llm)
@@ -142,6 +169,8 @@ class TextSystem(System):
         choices = [item for item in items if isinstance(item.payload, Choice)]
         if not questions:
             raise ValueError("a block holds no question that generates text: use fewer blocks")
+        if choices and not hasattr(self._engine, "score_continuations"):
+            raise ValueError(f"tasks that compare likelihoods need vLLM, not engine: {TRANSFORMERS}")
         with self._untimed():
             self._engine.drain_steps(self.llm)
         answers, load = self._answer(questions)

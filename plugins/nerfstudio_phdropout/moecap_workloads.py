@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from moecap_eval.config import unknown_key
 from moecap_eval.workload import ArmConfig, Axis, BlockResult, Item, RunContext, Sample, System, Workload
+from moecap_eval.workload_tools import ConfiguredSystem, Stopwatch, read_options
 from nerfstudio_phdropout.checks import check_ratio
 from nerfstudio_phdropout.masks import drop_uniforms
 from nerfstudio_phdropout.metrics import spearman
@@ -28,35 +26,13 @@ from nerfstudio_phdropout.moments import RenderMoments, monte_carlo_moments
 from nerfstudio_phdropout.rasterize import rasterization, rasterization_moments
 from nerfstudio_phdropout.synthetic import CAMERA_ANGLE, camera_to_world, make_solids, trace, write_scene
 
-
-@dataclass(frozen=True)
-class RenderOptions:
-    """An arm: how sigma is estimated. ``reference`` rounds trials to 8 bits, as the authors' code does."""
-
-    estimator: Literal["exact", "monte_carlo", "reference", "none"] = "exact"
-    num_trials: int = 100
-
-
-@dataclass(frozen=True)
-class RenderParams:
-    """The scene. ``ratio`` is the drop ratio of every arm."""
-
-    views: int = 16
-    resolution: int = 48
-    gaussians: int = 1000
-    ratio: float = 0.05
-
-
-def _checked(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    known = [field.name for field in fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ValueError(unknown_key(f"{where}.{key}", known))
-    return kind(**values)
+# An arm: how sigma is estimated. `reference` rounds trials to 8 bits, as the authors' code does.
+OPTIONS = {"estimator": ("exact", "monte_carlo", "reference", "none"), "num_trials": 100}
+PARAMS = {"views": 16, "resolution": 48, "gaussians": 1000, "ratio": 0.05}
 
 
 class RenderWorkload(Workload):
-    """Views of a half-orbit scene; params: ``views``, ``resolution``, ``gaussians``, ``ratio``."""
+    """Views of a half-orbit scene; params: ``views``, ``resolution``, ``gaussians``, ``ratio`` (of drops)."""
 
     name: ClassVar[str] = "phdropout.render"
     work_unit: ClassVar[str] = "rendered pixel"
@@ -69,52 +45,45 @@ class RenderWorkload(Workload):
 
     def items(self, params: Mapping[str, Any], seed: int) -> Sequence[Item]:
         """Views of the whole orbit: ``view/<number>`` with azimuth and elevation in degrees."""
-        settings = _checked(RenderParams, params, "params")
-        if settings.views < 1 or settings.gaussians < 4 or settings.resolution < 8:
+        scene = read_options(params, PARAMS, "params")
+        if scene["views"] < 1 or scene["gaussians"] < 4 or scene["resolution"] < 8:
             raise ValueError("params: views must be positive, gaussians at least 4, resolution at least 8")
-        check_ratio(settings.ratio)
-        angles = [(360 * (i + 0.5) / settings.views, (22.0, 40.0)[i % 2]) for i in range(settings.views)]
+        check_ratio(scene["ratio"])
+        angles = [(360 * (i + 0.5) / scene["views"], (22.0, 40.0)[i % 2]) for i in range(scene["views"])]
         return [Item(f"view/{i}", angle) for i, angle in enumerate(angles)]
 
     def open(self, arm: ArmConfig, context: RunContext) -> System:
         """Build the scene's Gaussians."""
-        options = _checked(RenderOptions, arm.options, f"arms.{arm.name}")
-        estimators = ("exact", "monte_carlo", "reference", "none")
-        if options.estimator not in estimators:
-            raise ValueError(
-                f"arms.{arm.name}.estimator must be one of {', '.join(estimators)}, got {options.estimator!r}"
-            )
-        if options.num_trials < 2:
-            raise ValueError(f"arms.{arm.name}.num_trials must be at least 2, got {options.num_trials}")
-        return RenderSystem(options, _checked(RenderParams, context.params, "params"), context.seed)
+        options = read_options(arm.options, OPTIONS, f"arms.{arm.name}")
+        if options["num_trials"] < 2:
+            raise ValueError(f"arms.{arm.name}.num_trials must be at least 2, got {options['num_trials']}")
+        return RenderSystem(options, read_options(context.params, PARAMS, "params"), context.seed)
 
 
-class RenderSystem(System):
+class RenderSystem(ConfiguredSystem):
     """One estimator on the scene."""
 
-    def __init__(self, options: RenderOptions, params: RenderParams, seed: int) -> None:
-        self.options, self.params, self.seed = options, params, seed
+    def __init__(self, options: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> None:
+        super().__init__(options, params, seed)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.solids = make_solids(seed)
         self.gaussians = self._seeded_gaussians()
         self.truths: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _seeded_gaussians(self) -> dict[str, Any]:
         """A round, nearly opaque Gaussian at each surface point, as wide as the way to its neighbours."""
+        size, count = self.params["resolution"], self.params["gaussians"]
         with tempfile.TemporaryDirectory() as folder:
             write_scene(
-                folder, num_train=12, num_eval=1, resolution=self.params.resolution, train_azimuth=(0, 180),
-                seed=self.seed,
-            )  # fmt: skip
+                folder, num_train=12, num_eval=1, resolution=size, train_azimuth=(0, 180), seed=self.seed
+            )
             cloud = np.load(Path(folder) / "points.npz")
-            points, colors = cloud["xyz"][: self.params.gaussians], cloud["rgb"][: self.params.gaussians]
+            points, colors = cloud["xyz"][:count], cloud["rgb"][:count]
         spacing = cKDTree(points).query(points, k=4)[0][:, 1:].mean(axis=1)
-        count = len(points)
         values = {
             "means": torch.from_numpy(points),
-            "quats": torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1),
+            "quats": torch.tensor([[1.0, 0, 0, 0]]).repeat(len(points), 1),
             "scales": torch.from_numpy(spacing).float()[:, None].repeat(1, 3) * 0.7,
-            "opacities": torch.full((count,), 0.8),
+            "opacities": torch.full((len(points),), 0.8),
             "colors": torch.from_numpy(colors).float() / 255,
         }
         return {name: value.to(self.device) for name, value in values.items()}
@@ -123,7 +92,7 @@ class RenderSystem(System):
         """View matrix and image over black."""
         if item.id not in self.truths:
             pose = camera_to_world(*item.payload)
-            image, _ = trace(self.solids, pose, self.params.resolution)
+            image, _ = trace(make_solids(self.seed), pose, self.params["resolution"])
             view = np.linalg.inv(pose @ np.diag([1.0, -1.0, -1.0, 1.0]))
             color = torch.from_numpy(image[..., :3] * image[..., 3:]).float().to(self.device)
             self.truths[item.id] = torch.from_numpy(view).float()[None].to(self.device), color
@@ -131,24 +100,22 @@ class RenderSystem(System):
 
     @torch.no_grad()
     def _render(self, view: Tensor) -> RenderMoments:
-        size, ratio = self.params.resolution, self.params.ratio
+        size, ratio, estimator = self.params["resolution"], self.params["ratio"], self.options["estimator"]
         focal = 0.5 * size / math.tan(0.5 * CAMERA_ANGLE)
         Ks = torch.tensor([[[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]], device=self.device)
         options: dict[str, Any] = {"viewmats": view, "Ks": Ks, "width": size, "height": size}
-        if self.options.estimator == "exact":
+        if estimator == "exact":
             return rasterization_moments(**self.gaussians, **options, dropout_ratio=ratio)[0]
-        if self.options.estimator == "none":
+        if estimator == "none":
             image = rasterization(**self.gaussians, **options)[0]
             return RenderMoments(image, torch.zeros_like(image))
         opacities = self.gaussians["opacities"]
 
         def trial(index: int) -> Tensor:
-            uniforms = drop_uniforms(len(opacities), seed=self.seed, trial=index, device=self.device)
-            masked = {**self.gaussians, "opacities": opacities * (uniforms >= ratio)}
-            return rasterization(**masked, **options)[0]
+            kept = drop_uniforms(len(opacities), seed=self.seed, trial=index, device=self.device) >= ratio
+            return rasterization(**{**self.gaussians, "opacities": opacities * kept}, **options)[0]
 
-        rounded = self.options.estimator == "reference"
-        return monte_carlo_moments(trial, self.options.num_trials, quantize=rounded)
+        return monte_carlo_moments(trial, self.options["num_trials"], quantize=estimator == "reference")
 
     def warm_up(self, items: Sequence[Item]) -> None:
         """Trace the truths and render once."""
@@ -158,36 +125,23 @@ class RenderSystem(System):
 
     def run(self, items: Sequence[Item]) -> BlockResult:
         """Render the views; seconds of tracing or of metrics do not count as rendering."""
-        on_gpu = self.device == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        spent, samples = 0.0, []
+        watch, samples = Stopwatch(self.device), []
         for item in items:
             view, truth = self._truth(item)
-            start = time.perf_counter()
-            moments = self._render(view)
-            if on_gpu:
-                torch.cuda.synchronize()
-            spent += time.perf_counter() - start
+            with watch:
+                moments = self._render(view)
             error = (moments.mean[0] - truth).abs()
             psnr = -10 * math.log10(max(float((error**2).mean()), 1e-10))
-            rank = None if self.options.estimator == "none" else spearman(error, moments.std[0])
+            rank = None if self.options["estimator"] == "none" else spearman(error, moments.std[0])
             samples.append(Sample(item.id, {"psnr_db": psnr, "spearman": rank}))
-        reasons = {} if on_gpu else {"peak_bytes": "memory is counted on CUDA devices only"}
-        if self.options.estimator == "none":
+        reasons = {} if watch.peak_bytes else {"peak_bytes": "memory is counted on CUDA devices only"}
+        if self.options["estimator"] == "none":
             reasons["spearman"] = "this arm estimates no uncertainty"
-        values = {
-            "frames_per_s": len(items) / spent,
-            "peak_bytes": float(torch.cuda.max_memory_allocated()) if on_gpu else None,
-        }
-        work = float(len(items) * self.params.resolution**2)
-        return BlockResult(work=work, values=values, samples=samples, reasons=reasons)
+        values = {"frames_per_s": len(items) / watch.seconds, "peak_bytes": watch.peak_bytes}
+        return BlockResult(
+            float(len(items) * self.params["resolution"] ** 2), values, samples, reasons=reasons
+        )
 
     def memory_bytes(self) -> dict[str, int]:
         """The Gaussians."""
-        used = sum(tensor.numel() * tensor.element_size() for tensor in self.gaussians.values())
-        return {"hbm" if self.device == "cuda" else "dram": used}
-
-    def describe(self) -> dict[str, Any]:
-        """Size of the scene."""
-        return {"gaussians": len(self.gaussians["means"]), "device": self.device}
+        return {"hbm" if self.device == "cuda" else "dram": sum(t.nbytes for t in self.gaussians.values())}

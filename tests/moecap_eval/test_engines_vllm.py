@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moecap_eval.accounting import s_mbu, s_mfu
 from moecap_eval.engines import vllm as engine
-from moecap_eval.engines.vllm_worker import _Announced, _Shape
+from moecap_eval.engines.counters import PassCounters
+from moecap_eval.engines.passes import PassShape
+from moecap_eval.engines.vllm_worker import announced
 from moecap_eval.model_spec import ModelSpec
 from moecap_eval.routing import expected_distinct_experts
 from moecap_eval.workload import StepRecord
@@ -166,32 +170,95 @@ def test_memory_is_weights_and_cache(round_robin_llm) -> None:
     assert engine.memory_bytes(round_robin_llm) == {"dram": spec.weight_bytes.total + cache_bytes}
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors that are dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass
+class Recording:
+    """The same requests with and without recording, and what each router was given, copied at once."""
+
+    unrecorded: list
+    recorded: list
+    steps: list[StepRecord]
+    spec: ModelSpec
+    reference: list[list[torch.Tensor]]
+    operations: dict[str, int]
+
+
+def copying(passes: list[list[torch.Tensor]], capture: Callable) -> Callable:
+    """``PassCounters.capture`` that also keeps a copy of each layer's ids, by pass."""
+
+    def capture_both(counters: PassCounters, slot: int) -> Callable[[torch.Tensor], None]:
+        keep = capture(counters, slot)
+
+        def both(ids: torch.Tensor) -> None:
+            if counters._active:
+                passes.extend([[]] if slot == 0 else [])
+                passes[-1].append(ids.clone())
+            keep(ids)
+
+        return both
+
+    return capture_both
+
+
 @pytest.fixture(scope="module")
-def plain_and_recorded_tokens(model_dir: Path) -> tuple[list, list, list[StepRecord], ModelSpec]:
+def recording(model_dir: Path) -> Recording:
     prompts = ["hello world", "a", "abc def ghi", "zzz"]
     options = {"max_model_len": 128, "max_num_seqs": 8}
     plain = engine.open_llm(str(model_dir), profile=False, **options)
     unrecorded = generate(plain, prompts, 12)
     engine.close(plain)
-    llm = engine.open_llm(str(model_dir), **options)
+    reference: list[list[torch.Tensor]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassCounters, "capture", copying(reference, PassCounters.capture))
+        llm = engine.open_llm(str(model_dir), **options)
+    reference.clear()
     recorded = generate(llm, prompts, 12)
-    steps, spec = engine.drain_steps(llm), engine.model_spec(llm)
+    steps, spec, reference = engine.drain_steps(llm), engine.model_spec(llm), list(reference)
+    operations = {}
+    for name, paused in (("paused", True), ("recorded", False)):
+        llm.collective_rpc("moecap_pause", args=(paused,))
+        with Operations() as counted:
+            generate(llm, ["abc"], 5)
+        operations[name] = counted.count
     engine.close(llm)
-    return unrecorded, recorded, steps, spec
+    return Recording(unrecorded, recorded, steps, spec, reference, operations)
 
 
 @pytest.mark.vllm
-def test_cap08_recording_changes_no_token(plain_and_recorded_tokens) -> None:
-    unrecorded, recorded, _, _ = plain_and_recorded_tokens
-    assert recorded == unrecorded
+def test_cap08_recording_changes_no_token(recording: Recording) -> None:
+    assert recording.recorded == recording.unrecorded
 
 
 @pytest.mark.vllm
-def test_cap08_every_pass_is_whole(plain_and_recorded_tokens) -> None:
-    _, _, steps, spec = plain_and_recorded_tokens
-    assert len(steps) == 12
-    assert spec.moe_layers == MOE_LAYERS
-    for step in steps:
+def test_cap08_records_equal_what_each_layer_was_given(recording: Recording) -> None:
+    assert len(recording.reference) == len(recording.steps)
+    for step, layers in zip(recording.steps, recording.reference, strict=True):
+        distinct = [ids[: step.tokens].unique().numel() for ids in layers]
+        assert step.experts_touched == dict(zip(MOE_LAYERS, distinct, strict=True))
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU passes are replayed graphs")
+def test_cap08_host_work_of_recording_in_a_real_engine(recording: Recording) -> None:
+    """Five eager passes: ten operations each, one to begin; one copy of the ids per layer by the test."""
+    more = recording.operations["recorded"] - recording.operations["paused"]
+    assert more == 5 * (10 + len(MOE_LAYERS)) + 1
+
+
+@pytest.mark.vllm
+def test_cap08_every_pass_is_whole(recording: Recording) -> None:
+    assert len(recording.steps) == 12
+    assert recording.spec.moe_layers == MOE_LAYERS
+    for step in recording.steps:
         assert step.invalid is None
         for distinct in step.experts_touched.values():
             assert TOP_K <= distinct <= min(EXPERTS, step.tokens * TOP_K)
@@ -226,7 +293,7 @@ def test_cap08_what_the_scheduler_announces_by_enumeration(
         total_num_scheduled_tokens=sum(tokens for _, tokens in requests),
         scheduled_spec_decode_tokens={ids[0]: [1, 2]},
     )
-    shape = _Shape.of(_Announced.of(scheduled), [window])
+    shape = PassShape.of(announced(scheduled), [window])
     pairs = [
         (name, query, key)
         for name, (past, tokens) in zip(ids, requests, strict=True)

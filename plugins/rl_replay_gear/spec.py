@@ -67,6 +67,15 @@ class ColumnSpec:
             )
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
 
+    def as_tensor(self, value: Any) -> Tensor:
+        """``value`` as a tensor of whatever dtype it has; ValueError where it is none."""
+        try:
+            return value if isinstance(value, Tensor) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"column {self.name!r}: {type(value).__name__} cannot be read as a tensor ({error})"
+            ) from error
+
     @property
     def nbytes(self) -> int:
         """Bytes of one step."""

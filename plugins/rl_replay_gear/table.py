@@ -437,6 +437,9 @@ class TrajectoryTable:
             self.spec.check_names(per_column)
             if not per_column:
                 raise ValueError("a batch needs at least one column")
+            for name, window in per_column.items():
+                if not isinstance(window, Window):
+                    raise TypeError(f"the window of column {name!r} must be a Window, got {window!r}")
             plan = self._plans[key] = plan_reads(self.groups, self.storage, per_column)
         return plan
 
@@ -552,8 +555,7 @@ def check_trajectory(
         spec.check_names(columns, among=spec.names)
     steps = total
     if steps is None:
-        first = columns[spec.names[0]]
-        rows = first.shape if isinstance(first, Tensor) else np.shape(first)
+        rows = given[0].as_tensor(columns[spec.names[0]]).shape
         steps = (rows[0] if len(rows) else 1) - given[0].final
         if steps < 1:
             raise ValueError(f"trajectory of {steps} steps: at least 1 is needed")
@@ -577,7 +579,7 @@ def _check_priorities(values: np.ndarray) -> None:
 
 
 def _checked_column(column: ColumnSpec, value: Any, steps: int, trajectories: int = 1) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    tensor = column.as_tensor(value)
     rows = steps + trajectories * column.final
     if tensor.dtype != column.dtype or tensor.shape != (rows, *column.shape):
         expected = ", ".join(["n + 1" if column.final else "n", *map(str, column.shape)])

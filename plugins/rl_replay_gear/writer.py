@@ -48,7 +48,7 @@ class TrajectoryWriter:
             self.sink.spec.check_names(step, among=self._columns)
             missing = [name for name in self._columns if name not in step]
             raise KeyError(f"missing columns: {', '.join(missing)}")
-        steps = self._steps[env]
+        steps = self._of(env)
         if steps.count >= self.sink.spec.max_steps:
             raise ValueError(
                 f"trajectory of {steps.count + 1} steps is longer than max_steps={self.sink.spec.max_steps}"
@@ -63,7 +63,7 @@ class TrajectoryWriter:
         """
         wanted = [name for name, column in self._columns.items() if column.final]
         self.sink.spec.check_names(final, among=wanted)
-        steps = self._steps[env]
+        steps = self._of(env)
         if steps.count == 0:
             return None
         missing = [name for name in wanted if name not in final]
@@ -75,11 +75,16 @@ class TrajectoryWriter:
 
     def abort(self, env: int = 0, /) -> None:
         """Forget the steps of a trajectory under construction."""
-        self._steps[env].count = 0
+        self._of(env).count = 0
 
     def pending(self, env: int = 0, /) -> int:
         """Steps of the trajectory under construction."""
-        return self._steps[env].count
+        return self._of(env).count
+
+    def _of(self, env: int) -> _Steps:
+        if not 0 <= env < len(self._steps):
+            raise IndexError(f"env must be in 0..{len(self._steps) - 1} (environments), got {env}")
+        return self._steps[env]
 
 
 class _Steps:
@@ -141,7 +146,7 @@ def _step_value(column: ColumnSpec, value: Any) -> Tensor:
     if isinstance(value, float):  # torch would round it to float32
         tensor = torch.tensor(value, dtype=torch.float64)
     else:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        tensor = column.as_tensor(value)
     fits = tensor.dtype == column.dtype or torch.can_cast(tensor.dtype, column.dtype)
     if tensor.shape != column.shape or not fits:
         raise ValueError(

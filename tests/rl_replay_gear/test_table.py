@@ -215,6 +215,7 @@ def test_a_refused_write_names_the_fault_and_evicts_nothing(spec, make_trajector
         ({**good, "obs": torch.zeros(40, 16, dtype=torch.float64)}, ValueError,
          r"column 'obs': expected float32 \[n, 3\], got float64 \[40, 16\]"),
         ({**good, "reward": torch.zeros(39)}, ValueError, r"column 'reward'"),
+        ({**good, "reward": None}, ValueError, "column 'reward': NoneType cannot be read as a tensor"),
         ({k: v for k, v in good.items() if k != "obs"}, KeyError, "missing columns: obs"),
         ({**good, "rewards": good["reward"]}, KeyError, "did you mean 'reward'"),
         (make_trajectory(1001), ValueError, "trajectory of 1001 steps is longer than max_steps=1000"),

@@ -78,6 +78,12 @@ def test_window_refuses_nonsense():
         Window(3, 0, "left")
 
 
+def test_windows_that_are_none_are_refused_by_column(filled):
+    selection = filled.select(Uniform(), 2)
+    with pytest.raises(TypeError, match="the window of column 'reward' must be a Window, got 3"):
+        filled.collect(selection, {"reward": 3})
+
+
 def test_burn_in_windows_keep_the_trained_steps_in_place(filled):
     selection = filled.select(Uniform(), 32)
     batch = filled.collect(selection, {"reward": Window(2 + 3, -2, "around"), "obs": Window(1, -2)})

@@ -82,6 +82,10 @@ def test_writer_keeps_the_precision_and_refuses_values_that_would_wrap_round():
     writer.append(d=0.1, u=255)
     writer.append(d=np.float64(0.1), u=np.uint8(7))
     writer.append(d=torch.tensor(0.1, dtype=torch.float64), u=np.int64(3))
+    with pytest.raises(IndexError, match=r"env must be in 0..0 \(environments\), got 1"):
+        writer.append(1, d=0.0, u=1)
+    with pytest.raises(ValueError, match="column 'd': str cannot be read as a tensor"):
+        writer.append(d="half", u=1)
     for bad in (256, -1, np.int64(300), torch.tensor(1000)):
         with pytest.raises(ValueError, match=f"column 'u': {int(bad)} does not fit into uint8"):
             writer.append(d=5.0, u=bad)

@@ -19,6 +19,7 @@ _MODULE_OF = {
     "EvictionPolicy": "policy",
     "ExpertCache": "cache",
     "ExpertStore": "store",
+    "GatePredictor": "predictor",
     "HostExpertStore": "store",
     "LinkModel": "simulator",
     "MoEOffloadConfig": "config",

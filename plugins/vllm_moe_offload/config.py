@@ -50,7 +50,8 @@ class MoEOffloadConfig:
         cache_fraction: share of all experts that has a slot, in (0, 1].
         slots_per_layer: slots for each MoE layer. All three only size the pool; eviction is global.
         policy: eviction policy.
-        prefetch: predictor whose choices are fetched ahead.
+        prefetch: predictor whose choices are fetched ahead: ``eam`` between steps, by what requests did so
+            far; ``gate`` within a step, by the next layer's gate on the running layer's hidden states.
         prefetch_budget: at most this share of the slots may hold prefetched experts not used yet.
         miss: how a missing expert is served. ``direct``: by the device, which copies it into a slot that the
             host gave up, or reads it from host memory in place; no step waits for the host. ``copy``: by
@@ -68,7 +69,7 @@ class MoEOffloadConfig:
     cache_fraction: float | None = None
     slots_per_layer: int | None = None
     policy: str = "eam"
-    prefetch: str = "eam"
+    prefetch: str = "none"
     prefetch_budget: float = 0.25
     miss: str = "auto"
     host_memory: int | None = None

@@ -55,6 +55,7 @@ class CopyServing:
         offload.before_layer(self._handle)
         if len(needed) <= cache.num_slots:
             with _resident(cache, layer, needed):
+                self._fetch_ahead(x[:rows], cache)
                 output = self._run(x, topk_weights, topk_ids, cache.table_row(layer))
         elif self._has_tiles:
             output = self._run_expert_waves(x, topk_weights, topk_ids, needed, cache)
@@ -62,6 +63,15 @@ class CopyServing:
             output = self._run_token_waves(x, topk_weights, topk_ids, chosen, cache)
         offload.after_layer(self._handle, chosen)
         return output
+
+    def _fetch_ahead(self, x: Tensor, cache: ExpertCache) -> None:
+        """Start copies of what the next layer's gate names, behind those of the layer that runs."""
+        following = self._handle.following
+        if following is None or following.predictor is None:
+            return
+        for expert in np.unique(following.predictor.predict(x).cpu().numpy()):
+            if not cache.prefetch(following.index, int(expert)):
+                return
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, slot_of_expert: Tensor) -> Tensor:
         """vLLM's kernel on slots, by the path and with the tiles it would choose for the full weights."""

@@ -116,6 +116,7 @@ class DirectCache:
         self._r = Residency.empty(slabs, far, num_experts=experts, top_k=top_k, max_tokens=max_tokens)
         self._kernels = kernels or _kernels_of(self.device)
         self._on_gpu = self.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.device) if self._on_gpu else None
         # In turn, so that none is written to while the device may still read or fill it.
         control, report = HEADER + self.num_slots, len(self._r.report)
         self._uploads = deque(
@@ -179,6 +180,37 @@ class DirectCache:
         out = self._kernels.plan_layer(self._r, layer, topk_ids, remap=remap, stream=stream)
         self._kernels.pull_records(self._r)
         return out
+
+    def foresee(self, layer: int, topk_ids: Tensor) -> None:
+        """Bring in what a prediction names for a later layer of this step, beside all until :meth:`join`.
+
+        Where the batch uses most experts nothing is done: demand brings them in anyway.
+
+        Args:
+            layer: the layer, not the one that runs.
+            topk_ids: int64 ``[T, n]``, contiguous, on the device.
+        """
+        if topk_ids.numel() >= _STREAM_CHOICES * self.num_experts:
+            return
+        if self._side is None:
+            self._foresee(layer, topk_ids)
+            return
+        # After the running layer's own copies, whose list of jobs is used again.
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            self._foresee(layer, topk_ids)
+
+    def join(self) -> None:
+        """What follows on the current stream runs after what :meth:`foresee` began.
+
+        To be called before the layer ends: its graph may end with it.
+        """
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def _foresee(self, layer: int, topk_ids: Tensor) -> None:
+        self._kernels.foresee_layer(self._r, layer, topk_ids)
+        self._kernels.pull_records(self._r)
 
     def begin_step(self, num_tokens: int) -> None:
         """Before a step is launched: tell the device how many rows are tokens, and its next victims."""
@@ -296,21 +328,24 @@ class DirectCache:
         self._counted = words[:NUM_COUNTERS].copy()
         planner = self._planner
         planner.rows = words[NUM_COUNTERS : NUM_COUNTERS + len(planner.rows)].copy()
-        accesses, misses, pulls = new[:3].tolist()
+        accesses, misses, pulls, ahead, ahead_used = new[:5].tolist()
         counters = self.counters
         counters.accesses += accesses
         counters.hits += accesses - misses
         counters.misses += misses
-        counters.evictions += pulls
-        counters.copies += pulls
+        counters.evictions += pulls + ahead
+        counters.copies += pulls + ahead
+        counters.prefetched += ahead
+        counters.prefetch_used += ahead_used
         counters.in_place += misses - pulls
-        counters.bytes_host_to_device += pulls * self.store.layout.expert_nbytes
-        count_moved("dram->hbm", misses * self.store.layout.expert_nbytes)
+        counters.bytes_host_to_device += (pulls + ahead) * self.store.layout.expert_nbytes
+        count_moved("dram->hbm", (misses + ahead) * self.store.layout.expert_nbytes)
         planner.accesses, planner.misses = accesses, misses
         used = planner.learn(report.chosen, self.share)
         if self._promoter is not None:
+            before = self._promoter.used
             self._promoter.saw(used.reshape(-1), planner.rows)
-            counters.prefetch_used = self._promoter.used
+            counters.prefetch_used += self._promoter.used - before
         self._learned = report.tick
 
 

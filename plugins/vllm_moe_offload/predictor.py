@@ -1,11 +1,14 @@
-"""From what a request did so far to what it will do: shares of experts, and the order to fetch them in."""
+"""From what a request did so far, or from hidden states, to the experts that it will need."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from vllm_moe_offload.eam import EAMCollection
 
@@ -72,6 +75,29 @@ class EAMPredictor:
         if count < len(kept):
             kept = kept[np.argpartition(-weights[kept], count)[:count]]
         return self.collection.mean_shares(kept, weights[kept] / weights[kept].sum())
+
+
+class GatePredictor:
+    """Names a layer's experts before its turn: its gate on the hidden states that an earlier layer routes.
+
+    The stream of hidden states changes little from layer to layer, so that the gate mostly chooses what it
+    will choose when its turn comes. Works on the device, without the host.
+
+    Args:
+        gate: hidden states ``[T, hidden]`` -> router logits ``[T, experts]``.
+        count: experts named for each token.
+        bias: ``[experts]``, added to the sigmoid of the logits where the router chooses by that sum.
+    """
+
+    def __init__(self, gate: Callable[[Tensor], Tensor], *, count: int, bias: Tensor | None = None) -> None:
+        self._gate, self._count, self._bias = gate, count, bias
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Expert ids ``[T, count]``, likeliest first, for ``hidden`` ``[T, hidden]``; int64."""
+        scores = self._gate(hidden).float()
+        if self._bias is not None:
+            scores = torch.sigmoid(scores) + self._bias
+        return torch.topk(scores, self._count, dim=-1).indices
 
 
 def row_shares(matrices: npt.NDArray[Any]) -> Shares:

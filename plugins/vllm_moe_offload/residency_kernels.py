@@ -29,6 +29,8 @@ _REMOTE = tl.constexpr(residency.REMOTE)
 _ACCESSES = tl.constexpr(residency.ACCESSES)
 _MISSES = tl.constexpr(residency.MISSES)
 _PULLS = tl.constexpr(residency.PULLS)
+_AHEAD = tl.constexpr(residency.AHEAD)
+_AHEAD_USED = tl.constexpr(residency.AHEAD_USED)
 
 _PLAN_BLOCK = 1024  # ids at a time
 _PROBE = 128  # victims at a time
@@ -47,6 +49,7 @@ def _plan_kernel(
     row_of_ptr,
     far_ptr,
     last_used_ptr,
+    foreseen_ptr,
     key_of_ptr,
     trace_ptr,
     admit_ptr,
@@ -61,11 +64,15 @@ def _plan_kernel(
     token_stride,
     REMAP: tl.constexpr,
     STREAMS: tl.constexpr,
+    FORESEE: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PROBE: tl.constexpr,
 ):
-    """One program. Barriers stand where it reads what other threads of it wrote."""
+    """One program. Barriers stand where it reads what other threads of it wrote.
+
+    FORESEE: the ids are predicted. They are noted as such, and nothing counts as used.
+    """
     tokens = tl.minimum(tl.load(control_ptr + _TOKENS), max_tokens)
     tick = tl.load(control_ptr + _TICK)
     valid = tl.minimum(tokens * top_k, num_ids)
@@ -74,14 +81,20 @@ def _plan_kernel(
         at = start + tl.arange(0, BLOCK)
         mask = at < valid
         ids = tl.load(ids_ptr + at, mask=mask, other=0).to(tl.int32)
-        tl.store(last_used_ptr + first + ids, tick, mask=mask)
-        place = (at // top_k).to(tl.int64) * token_stride + layer * top_k + at % top_k
-        tl.store(trace_ptr + place, ids, mask=mask)
+        if FORESEE:
+            tl.store(foreseen_ptr + first + ids, tick, mask=mask)
+        else:
+            tl.store(last_used_ptr + first + ids, tick, mask=mask)
+            place = (at // top_k).to(tl.int64) * token_stride + layer * top_k + at % top_k
+            tl.store(trace_ptr + place, ids, mask=mask)
     tl.debug_barrier()
 
     expert = tl.arange(0, EXPERTS)
     inside = expert < num_experts
-    used = tl.load(last_used_ptr + first + expert, mask=inside, other=-1)
+    foreseen = tl.load(foreseen_ptr + first + expert, mask=inside, other=0)
+    used = foreseen
+    if not FORESEE:
+        used = tl.load(last_used_ptr + first + expert, mask=inside, other=-1)
     rows = tl.load(row_of_ptr + first + expert, mask=inside, other=0)
     needed = inside & (used == tl.where(valid > 0, tick, -2)) & (rows != _REMOTE)
     absent = needed & ((rows < 0) | (rows >= num_slots))
@@ -110,6 +123,9 @@ def _plan_kernel(
                 free = queued & ((last != tick) | (key // num_experts != layer))
             else:
                 free = queued & (last <= as_of)
+            if FORESEE:
+                named = tl.load(foreseen_ptr + key, mask=queued & (key >= 0), other=0)
+                free = free & ((named != tick) & (named != -tick))
             order = taken + tl.cumsum(free.to(tl.int32), axis=0) - 1
             picked = free & (order < wanted)
             tl.store(picks_ptr + order, slot, mask=picked)
@@ -128,14 +144,21 @@ def _plan_kernel(
         tl.store(row_of_ptr + first + expert, slot.to(tl.int64), mask=pulled)
         tl.store(jobs_ptr + rank * 2, rows, mask=pulled)
         tl.store(jobs_ptr + rank * 2 + 1, slot.to(tl.int64), mask=pulled)
+        if FORESEE:
+            tl.store(foreseen_ptr + first + expert, -tick, mask=pulled)
         if end >= 0:
             tl.store(control_ptr + _HEAD, (head + end + 1) % limit)
         tl.debug_barrier()
     tl.store(control_ptr + _JOBS, taken)
+    if FORESEE:
+        tl.store(counters_ptr + _AHEAD, tl.load(counters_ptr + _AHEAD) + taken)
+        return
     accesses = tl.sum(needed.to(tl.int64), axis=0)
+    ahead = tl.sum((needed & (foreseen == -tick)).to(tl.int64), axis=0)
     tl.store(counters_ptr + _ACCESSES, tl.load(counters_ptr + _ACCESSES) + accesses)
     tl.store(counters_ptr + _MISSES, tl.load(counters_ptr + _MISSES) + missing)
     tl.store(counters_ptr + _PULLS, tl.load(counters_ptr + _PULLS) + taken)
+    tl.store(counters_ptr + _AHEAD_USED, tl.load(counters_ptr + _AHEAD_USED) + ahead)
 
     padding = tl.load(ids_ptr)
     for start in range(0, num_ids, BLOCK):
@@ -165,9 +188,21 @@ def _pull_kernel(base_ptr, control_ptr, jobs_ptr, words, BLOCK: tl.constexpr):
 
 def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, stream: bool) -> Tensor:
     """As :func:`vllm_moe_offload.residency.plan_layer`; ``topk_ids`` must be contiguous."""
+    out = torch.empty_like(topk_ids, dtype=torch.int64 if remap else topk_ids.dtype)
+    _plan(r, layer, topk_ids, out, remap=remap, stream=stream, foresee=False)
+    return out
+
+
+def foresee_layer(r: Residency, layer: int, topk_ids: Tensor) -> None:
+    """As :func:`vllm_moe_offload.residency.foresee_layer`; ``topk_ids`` must be contiguous."""
+    _plan(r, layer, topk_ids, topk_ids, remap=False, stream=False, foresee=True)
+
+
+def _plan(
+    r: Residency, layer: int, topk_ids: Tensor, out: Tensor, *, remap: bool, stream: bool, foresee: bool
+) -> None:
     if not topk_ids.is_contiguous():
         raise ValueError("moe_offload: topk_ids must be contiguous")
-    out = torch.empty_like(topk_ids, dtype=torch.int64 if remap else topk_ids.dtype)
     max_tokens, layers, top_k = r.trace.shape
     _plan_kernel[(1,)](
         topk_ids,
@@ -177,6 +212,7 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
         r.row_of,
         r.far,
         r.last_used,
+        r.foreseen,
         r.key_of,
         r.trace,
         r.admit,
@@ -187,16 +223,16 @@ def plan_layer(r: Residency, layer: int, topk_ids: Tensor, *, remap: bool, strea
         r.num_experts,
         r.num_slots,
         max_tokens,
-        top_k,
+        topk_ids.shape[1],
         layers * top_k,
         REMAP=remap,
         STREAMS=stream,
+        FORESEE=foresee,
         EXPERTS=triton.next_power_of_2(r.num_experts),
         BLOCK=_PLAN_BLOCK,
         PROBE=_PROBE,
         num_warps=4,
     )
-    return out
 
 
 def pull_records(r: Residency) -> None:

@@ -8,6 +8,7 @@ slot there is nothing to manage, and the layer stays vLLM's own.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from vllm_moe_offload.direct import DirectCache, StepReport
 from vllm_moe_offload.disk_store import DiskExpertStore, TieredExpertStore
 from vllm_moe_offload.eam import EAMCollection
 from vllm_moe_offload.live import LivePublisher
+from vllm_moe_offload.predictor import GatePredictor
 from vllm_moe_offload.shares import ShareEstimator
 from vllm_moe_offload.store import ExpertStore, HostExpertStore, SlabLayout
 from vllm_moe_offload.trace import RoutingTrace, TraceRecorder
@@ -47,6 +49,8 @@ class LayerHandle:
         tensors: gives the layer's expert tensors, ``[experts, ...]`` each.
         replace: puts other tensors in their place, by name.
         expert_map: under expert parallelism, for each expert of the model its index here, or -1.
+        predictor: names the layer's experts ahead of its turn, where the options ask for it.
+        following: the next layer, if it is of the same pool.
         pool: index of its pool; set by :meth:`ModelOffload.take_over`. -1: all its experts are on the device.
         index: its place among the layers of its pool.
     """
@@ -57,6 +61,8 @@ class LayerHandle:
     tensors: Callable[[], Mapping[str, Tensor]]
     replace: Callable[[Mapping[str, Tensor]], None]
     expert_map: tuple[int, ...] | None = None
+    predictor: GatePredictor | None = None
+    following: LayerHandle | None = None
     pool: int = -1
     index: int = -1
 
@@ -262,7 +268,12 @@ class ModelOffload:
 
     @property
     def _prefetches(self) -> bool:
-        return self.direct and self.config.prefetch == "eam"
+        return self.direct and "eam" in self.config.prefetch
+
+    def _prefetching(self) -> str:
+        """The option as far as it is in effect."""
+        parts = self.config.prefetch.split("+")
+        return "+".join(part for part in parts if part != "eam" or self.direct) or "none"
 
     def _trace(self, pool: int, report: StepReport) -> None:
         note = report.note
@@ -328,6 +339,9 @@ class ModelOffload:
         self.caches.append(cache)
         for layer in layers:
             layer.replace(cache.views)
+        for layer, following in itertools.pairwise(self.layers):
+            if layer.pool == following.pool == len(self.caches) - 1:
+                layer.following = following
         self._start_tracing(store.num_layers, len(layers[0].expert_map or ()) or store.num_experts, layers)
         total = store.num_layers * store.num_experts
         nbytes = store.layout.expert_nbytes
@@ -469,7 +483,7 @@ class ModelOffload:
             "num_experts": max(experts for _, _, experts in shapes),
             "expert_nbytes": max(layout.expert_nbytes for layout, _, _ in shapes),
             "policy": self.config.policy,
-            "prefetch": "eam" if self._prefetches else "none",
+            "prefetch": self._prefetching(),
             "live_requests": len(self.estimators[0].tracer.live) if self.estimators else 0,
         }
         return report

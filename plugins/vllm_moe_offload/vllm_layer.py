@@ -14,6 +14,7 @@ from vllm_moe_offload.config import MoEOffloadConfig
 from vllm_moe_offload.copy_serving import CopyServing
 from vllm_moe_offload.direct import DirectCache
 from vllm_moe_offload.live import LivePublisher, register_collector
+from vllm_moe_offload.predictor import GatePredictor
 from vllm_moe_offload.runtime import LayerHandle, ModelOffload
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -129,20 +130,37 @@ def options_of(vllm_config: Any) -> Mapping[str, object] | None:
     return additional.get(KEY) if isinstance(additional, Mapping) else None
 
 
+def find_gates(model: torch.nn.Module) -> None:
+    """Give each offloaded layer its gate, so that it can be predicted.
+
+    vLLM's runner of a layer holds the gate, or the block around the runner has it as ``gate`` or ``router``.
+
+    Raises:
+        NotImplementedError: a layer's gate is in neither place.
+    """
+    modules = dict(model.named_modules())
+    for name, layer in modules.items():
+        if not isinstance(layer, _OffloadMixin):
+            continue
+        runner = modules[name.rpartition(".")[0]]
+        block = modules[name.rpartition(".")[0].rpartition(".")[0]]
+        places = ((runner, "gate"), (block, "gate"), (block, "router"))
+        gates = [getattr(owner, attribute, None) for owner, attribute in places]
+        gate = next((gate for gate in gates if isinstance(gate, torch.nn.Module)), None)
+        if gate is None:
+            raise NotImplementedError(
+                f"moe_offload: prefetch='gate' looked for the gate of {name} as `gate` of its runner and as "
+                f"`gate` or `router` of {type(block).__name__}, and found none; use prefetch='none'"
+            )
+        layer.look_ahead(gate)
+
+
 def offload_of(vllm_config: Any) -> ModelOffload | None:
     """The offload that an engine's layers announced themselves to in this process, or None."""
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if name.endswith(_SUFFIX):
             return layer.offload
     return None
-
-
-def _refuse_unbuilt(config: MoEOffloadConfig) -> None:
-    """Raise NotImplementedError naming an option whose mechanism is not there."""
-    if "gate" in config.prefetch:
-        raise NotImplementedError(
-            f"moe_offload: prefetch={config.prefetch!r} is not built yet; use 'eam' or 'none'"
-        )
 
 
 def _refuse_features(vllm_config: Any, *, direct: bool) -> None:
@@ -225,7 +243,6 @@ class _OffloadMixin(CopyServing):
             plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
             return
         config = MoEOffloadConfig.from_dict(options)
-        _refuse_unbuilt(config)
         _refuse_features(vllm_config, direct=_is_direct(vllm_config, config))
         super().__init__(*args, **kwargs)
         self._refuse_monolithic()
@@ -295,7 +312,13 @@ class _OffloadMixin(CopyServing):
         small = topk_ids.numel() * 4 <= self.global_num_experts and self._handle.expert_map is None
         with self._plain_tiles(x):
             chosen = cache.serve(layer, topk_ids.contiguous(), remap=small)
-            return self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
+            following = self._handle.following
+            if following is None or following.predictor is None:
+                return self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
+            cache.foresee(following.index, following.predictor.predict(x))
+            output = self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
+            cache.join()
+            return output
 
     def _apply(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, row_of_expert: Tensor | None = None
@@ -312,6 +335,16 @@ class _OffloadMixin(CopyServing):
             )
         finally:
             self._served_map = None
+
+    def look_ahead(self, gate: Callable[[Tensor], Any]) -> None:
+        """Predict this layer's experts by its gate, a module of logits, on the layer before it."""
+
+        def logits(hidden: Tensor) -> Tensor:
+            found = gate(hidden)
+            return found[0] if isinstance(found, tuple) else found
+
+        bias = getattr(self, "e_score_correction_bias", None)
+        self._handle.predictor = GatePredictor(logits, count=self.top_k, bias=bias)
 
     @property
     def _kernel(self) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_moe_offload import vllm_layer
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.direct import DirectCache
 from vllm_moe_offload.runtime import ModelOffload, Step
@@ -85,6 +86,8 @@ def _take_over(worker: Any) -> None:
     offload = _offload_of_worker(worker)
     if offload is None:
         return
+    if "gate" in offload.config.prefetch:
+        vllm_layer.find_gates(worker.get_model())
     if offload.device.type != "cuda":
         offload.take_over()
         return
@@ -119,9 +122,7 @@ def _batch_of(runner: Any) -> Any:
 
 
 def _offload_of_worker(worker: Any) -> ModelOffload | None:
-    from vllm_moe_offload.vllm_layer import offload_of
-
-    return offload_of(worker.vllm_config)
+    return vllm_layer.offload_of(worker.vllm_config)
 
 
 def _call(worker: Any, action: str) -> Any:

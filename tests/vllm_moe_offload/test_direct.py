@@ -71,6 +71,9 @@ def test_mo20_every_row_names_the_bytes_of_its_expert(slots, seed, policy):
         for layer in range(LAYERS):
             ids = choices(rng, tokens + padding)
             rows = cache.serve(layer, ids, remap=True)
+            if layer + 1 < LAYERS and seed % 2:
+                cache.foresee(layer + 1, choices(rng, tokens + padding).long())
+                cache.join()
             assert (rows[tokens:] == 0).all()
             for expert, row in {*zip(ids[:tokens].flatten().tolist(), rows[:tokens].flatten().tolist())}:  # noqa: B905
                 expected = cache.store.record(layer, expert).numpy().tobytes()
@@ -82,7 +85,8 @@ def test_mo20_every_row_names_the_bytes_of_its_expert(slots, seed, policy):
     cache.verify()
     stats = cache.stats
     assert stats["accesses"] == stats["hits"] + stats["misses"]
-    assert stats["misses"] == stats["copies"] + stats["in_place"]
+    assert stats["misses"] + stats["prefetched"] == stats["copies"] + stats["in_place"]
+    assert stats["prefetch_used"] <= stats["prefetched"]
     assert stats["bytes_host_to_device"] == stats["copies"] * cache.store.layout.expert_nbytes
 
 
@@ -117,8 +121,8 @@ def compare_kernels(slots: int, device: str) -> None:
     twin = make(slots, policy=policy, expert_map=expert_map)
     ours = make(slots, kernels=residency_kernels, device=device, policy=policy, expert_map=expert_map)
     rng = np.random.default_rng(slots)
-    for _ in range(8):
-        tokens = int(rng.integers(1, 60))
+    for step in range(10):
+        tokens = int(rng.integers(1, 60 if step % 2 else 4))
         for cache in (twin, ours):
             cache.begin_step(tokens)
         for layer in range(LAYERS):
@@ -128,9 +132,13 @@ def compare_kernels(slots: int, device: str) -> None:
             if remap:
                 expected, found = as_places(twin, expected), as_places(ours, found)
             assert torch.equal(found, expected)
-            for name in ("last_used", "key_of", "trace", "control", "counters", "slabs"):
-                assert torch.equal(getattr(ours._r, name).cpu(), getattr(twin._r, name)), name
-            assert torch.equal(ours.slot_of_expert.cpu(), twin.slot_of_expert)
+            compare_tables(twin, ours)
+            if layer + 1 < LAYERS:
+                guess = choices(rng, tokens + 2).long()
+                for cache in (twin, ours):
+                    cache.foresee(layer + 1, guess.to(device))
+                    cache.join()
+                compare_tables(twin, ours)
         for cache in (twin, ours):
             cache.end_step(tokens)
             for _ in cache.reports(wait=True):
@@ -140,6 +148,13 @@ def compare_kernels(slots: int, device: str) -> None:
     assert ours.stats == twin.stats
     assert ours.stats["copies"] > 0
     assert ours.stats["in_place"] > 0
+    assert ours.stats["prefetched"] >= ours.stats["prefetch_used"] > 0
+
+
+def compare_tables(twin: DirectCache, ours: DirectCache) -> None:
+    for name in ("last_used", "foreseen", "key_of", "trace", "control", "counters", "slabs"):
+        assert torch.equal(getattr(ours._r, name).cpu(), getattr(twin._r, name)), name
+    assert torch.equal(ours.slot_of_expert.cpu(), twin.slot_of_expert)
 
 
 def as_places(cache: DirectCache, rows: torch.Tensor) -> torch.Tensor:
@@ -200,6 +215,22 @@ def test_mo08_a_right_prediction_turns_a_miss_into_a_hit_and_a_new_one_replaces_
         pass
     assert cache.stats["prefetched"] == cache.stats["prefetch_used"] == 1
     assert cache.stats["misses"] == 0
+
+
+def test_mo21_a_look_ahead_turns_misses_into_hits_and_spares_what_it_names():
+    cache = make(6, layers=2)  # experts 0 to 2 of both layers have the slots
+    cache.begin_step(1)
+    cache.serve(0, torch.tensor([[0, 1]], dtype=torch.int32), remap=True)
+    cache.foresee(1, torch.tensor([[0, 7, 8]]))  # 0 is there and must stay
+    cache.join()
+    assert {0, 7, 8} <= cache.resident(1)
+    assert {0, 1} <= cache.resident(0)
+    cache.serve(1, torch.tensor([[7, 0]], dtype=torch.int32), remap=True)
+    finish_step(cache, 1)
+    stats = cache.stats
+    assert (stats["accesses"], stats["hits"], stats["misses"]) == (4, 4, 0)
+    assert (stats["prefetched"], stats["prefetch_used"], stats["copies"]) == (2, 1, 2)
+    cache.verify()
 
 
 def test_mo08_a_slot_whose_expert_the_device_brought_in_first_is_used_again():

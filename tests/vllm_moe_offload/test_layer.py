@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload import ExpertCache, HostExpertStore, MoEOffloadConfig
+from vllm_moe_offload import ExpertCache, HostExpertStore
 from vllm_moe_offload.copy_serving import expert_waves, token_waves
-from vllm_moe_offload.vllm_layer import _OffloadMixin, _refuse_features, _refuse_unbuilt
+from vllm_moe_offload.vllm_layer import _OffloadMixin, _refuse_features, find_gates
 
 CHOICES = st.lists(st.permutations(range(7)).map(lambda order: order[:3]), min_size=1, max_size=20)
 
@@ -171,8 +171,30 @@ def test_mo13_formats_that_the_kernel_cannot_read_from_slots_are_refused_by_name
         layer._refuse_kernel({"w13_weight": torch.zeros(4, 2, 2)})
 
 
-@pytest.mark.parametrize("prefetch", ["gate", "eam+gate"])
-def test_an_option_without_a_mechanism_is_refused_by_name(prefetch):
-    with pytest.raises(NotImplementedError, match=r"prefetch='.*gate' is not built yet"):
-        _refuse_unbuilt(MoEOffloadConfig(cache_fraction=0.5, prefetch=prefetch))
-    _refuse_unbuilt(MoEOffloadConfig(cache_fraction=0.5))
+class OffloadedModule(_OffloadMixin, torch.nn.Module):
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.top_k = 2
+        self._handle = SimpleNamespace(predictor=None)
+
+
+@pytest.mark.parametrize("place", ["runner.gate", "block.gate", "block.router"])
+def test_mo21_the_gate_is_found_where_vllm_models_keep_it(place):
+    model = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"runner": torch.nn.ModuleDict()})})
+    block = model["block"]
+    block["runner"]["routed_experts"] = layer = OffloadedModule()
+    with pytest.raises(NotImplementedError, match=r"gate of block.runner.routed_experts .*found none"):
+        find_gates(model)
+    gate = torch.nn.Linear(4, 5)
+    owner, name = place.split(".")
+    (block if owner == "block" else block["runner"]).register_module(name, gate)
+    find_gates(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(layer._handle.predictor.predict(x), gate(x).topk(2).indices)
+
+
+def test_mo21_a_router_that_chooses_by_biased_scores_is_predicted_by_these():
+    layer = OffloadedModule()
+    layer.e_score_correction_bias = torch.tensor([0.0, 0.0, 5.0])
+    layer.look_ahead(lambda x: (x, None))  # vLLM's linear layers return a pair
+    assert layer._handle.predictor.predict(torch.tensor([[3.0, 2.0, -9.0]])).tolist() == [[2, 0]]

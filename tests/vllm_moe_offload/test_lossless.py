@@ -65,6 +65,20 @@ def test_mo03_bitwise_equal_for_every_number_of_slots(family):
         assert vllm_moe_offload.moved_bytes()["dram->hbm"] == 0
 
 
+def test_mo21_a_look_ahead_through_the_next_gate_changes_no_result(family):
+    """The runner holds the gate of Qwen3 and DeepSeek, the block that of Mixtral; gpt-oss has a router."""
+    folder, _, _, plain, _ = family
+    if folder.name.startswith(("olmoe", "deepseek_v2")):
+        return  # their gates are where those of Mixtral and DeepSeek-V3 are
+    options = {"slots_per_layer": 6, "policy": "lru", "prefetch": "gate", "debug_checks": True}
+    with engine(folder, options) as llm:
+        assert generate(llm) == plain
+        (report,) = vllm_moe_offload.stats(llm)
+    assert report["prefetch"] == "gate"
+    assert report["prefetched"] >= report["prefetch_used"] > 0
+    _check_mo16_counters(report)
+
+
 def _check_mo02_slots(llm, cache, count):
     ours = [module for module in _modules(llm) if type(module).__name__.startswith("Offloaded")]
     assert len(ours) == cache.store.num_layers

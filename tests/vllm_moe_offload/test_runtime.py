@@ -61,6 +61,9 @@ def build(expert_map=None, **options):
     config = MoEOffloadConfig(**({"cache_fraction": 0.4, "policy": "eam"} | options))
     offload = ModelOffload(config, torch.device("cpu"), direct=True, max_tokens=64, model_id="m")
     layers = [Layer(offload, seed, expert_map) for seed in range(LAYERS)]
+    for layer in layers if "gate" in config.prefetch else ():
+        layer.top_k = TOP_K
+        layer.look_ahead(torch.nn.Linear(4, EXPERTS))
     offload.take_over()
     return offload, layers
 
@@ -83,7 +86,7 @@ def run_step(offload, layers, rng, number, requests, *, ended=(), restarted=(), 
     return np.stack(chosen, axis=1)
 
 
-@pytest.mark.parametrize("prefetch", ["none", "eam"])
+@pytest.mark.parametrize("prefetch", ["none", "eam", "gate", "eam+gate"])
 def test_mo20_mo05_layers_compute_exactly_and_every_request_is_traced(prefetch):
     offload, layers = build(prefetch=prefetch, record_trace=True, debug_checks=True)
     rng = np.random.default_rng(0)
@@ -127,7 +130,7 @@ def test_mo20_mo05_layers_compute_exactly_and_every_request_is_traced(prefetch):
     assert stats["misses"] + stats["prefetched"] == stats["copies"] + stats["in_place"]
     assert set(live._COUNTERS) | set(live._GAUGES) <= set(offload._report())
     (cache,) = offload.caches
-    assert (cache._promoter is not None) == (prefetch == "eam")
+    assert (cache._promoter is not None) == ("eam" in prefetch)
     assert cache.share.shape == (LAYERS, EXPERTS)
 
 

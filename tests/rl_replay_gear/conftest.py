@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from rl_replay_gear import ColumnSpec, TableSpec, TrajectoryTable
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of this folder
 
 
 @pytest.fixture

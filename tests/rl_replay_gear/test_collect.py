@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from counted_ops import CountedOps
 
 from rl_replay_gear import ColumnSpec, GraphedCollect, TableSpec, TrajectoryTable, Uniform, Window
 from rl_replay_gear.randomness import CounterGenerator
@@ -83,6 +84,20 @@ def test_gr08_every_dtype_reads_back_through_windows():
                 step = anchor - 1 + j
                 expected = rows[name][step] if 0 <= step < len(rows[name]) else torch.ones_like(rows[name][0])
                 assert torch.equal(found[j], expected), (name, j)
+
+
+def test_a_batch_costs_as_many_torch_calls_for_twelve_columns_as_for_one():
+    counts = []
+    for number in (1, 12):
+        columns = tuple(ColumnSpec(f"c{i}", (i + 1,)) for i in range(number))
+        table = TrajectoryTable(TableSpec(columns, 100, 10), memory="host")
+        table.write({c.name: torch.zeros(50, *c.shape) for c in columns})
+        selector, window = Uniform(), Window(20, 0, "head")
+        table.collect(table.select(selector, 8), window)
+        with CountedOps() as counted:
+            table.collect(table.select(selector, 8, generator=CounterGenerator(1)), window)
+        counts.append(len(counted.names))
+    assert counts[0] == counts[1] <= 9
 
 
 def test_gr09_small_columns_share_rows_and_large_ones_lie_alone():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counted_ops import CountedOps
 
 from benchmarks import rl_replay_gear_gpu as bench
-from rl_replay_gear import PrefixSumTree, Selection, Uniform, Window
+from rl_replay_gear import GraphedCollect, PrefixSumTree, Selection, Uniform, Window
 from rl_replay_gear.randomness import CounterGenerator
 
 pytestmark = pytest.mark.gpu
@@ -79,6 +80,21 @@ def test_gr29_draw_and_gather_replay_from_a_cuda_graph():
 def test_gr29_graphed_collection_equals_eager():
     found = bench.graphed_bits()
     assert found["ok"], found
+
+
+def test_a_batch_costs_few_torch_calls_and_a_replayed_one_fewer():
+    table = bench.filled(bench.DT_COLUMNS, 50, 200, "pinned")
+    window = Window(20)
+    graphed = GraphedCollect(table, window, 64)
+    chosen = table.select(Uniform(), 64)
+    table.collect(chosen, window, device="cuda")
+    counts = []
+    for collect in (lambda: table.collect(chosen, window, device="cuda"), lambda: graphed(chosen)):
+        with CountedOps() as counted:
+            collect()
+        counts.append(counted.names)
+    assert len(counts[0]) <= 14, counts[0]
+    assert len(counts[1]) <= 3, counts[1]
 
 
 def test_select_is_reproducible_on_any_memory():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from counted_ops import CountedOps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl_replay_gear import ColumnSpec, ReturnsToGo, TableSpec, TrajectoryTable
 from rl_replay_gear.spec import DTYPES
@@ -62,16 +62,6 @@ def test_strided_columns_and_columns_that_need_gradients_are_stored_as_they_read
     assert torch.equal(found["y"], y)
     assert not found["y"].requires_grad
     assert not any(words.requires_grad for words in table.storage)
-
-
-class CountedOps(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_write_costs_no_torch_call_a_column():

@@ -491,43 +491,57 @@ def cold(report: Report, plain: Path, stored: Path, nbytes: int, repeats: int) -
     report.add("cold, own format, share of the best raw sweep", ratios, "", ">= 0.95")
 
 
-def vllm_start(report: Report, plain: Path, socket: str) -> None:
+def vllm_arms(plain: Path, sharded: Path, socket: str) -> dict[str, dict[str, Any]]:
+    """What each arm asks of vLLM; ``auto`` also writes the files of ``sharded_state``, after its figures."""
+    model = {"model": str(plain)}
+    threads = {"io_threads": min(16, CORES), "staging_chunks": 32}
+    store_options = {**threads, "store": socket, "store_required": True}
+    return {
+        "auto": {**model, "load_format": "auto", "save_to": str(sharded)},
+        "ours, store": {**model, "load_format": "serverless_llm", "extra": store_options},
+        "ours, no store": {**model, "load_format": "serverless_llm", "extra": threads},
+        "fastsafetensors": {**model, "load_format": "fastsafetensors"},
+        "runai_streamer": {**model, "load_format": "runai_streamer", "extra": {"concurrency": 16}},
+        "sharded_state": {"model": str(sharded), "load_format": "sharded_state"},
+    }
+
+
+def vllm_start(report: Report, arms: Mapping[str, Mapping[str, Any]]) -> None:
     """Full start-ups in processes of their own, the file resident."""
-    for name, arguments in (
-        ("auto", {"load_format": "auto"}),
-        ("ours, store", {"load_format": "serverless_llm", "store": socket}),
-    ):
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    found: dict[str, dict[str, Any]] = report.facts.setdefault("vllm", {})
+    for name, settings in arms.items():
         if report.left < 60:
             report.facts["failed"][f"vllm: {name}"] = f"not run: {report.left:.0f} s left"
             continue
-        command = [sys.executable, __file__, "--engine", json.dumps({"model": str(plain), **arguments})]
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
+        command = [sys.executable, __file__, "--engine", json.dumps(settings)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=report.left, check=False, env=environment
             )
-            found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"first')))
+            found[name] = json.loads(
+                next(line for line in done.stdout.splitlines() if line.startswith('{"first'))
+            )
         except (subprocess.TimeoutExpired, StopIteration) as error:
             report.facts["failed"][f"vllm: {name}"] = repr(error)[:100]
             if isinstance(error, StopIteration):
                 print("\n".join((done.stdout + done.stderr).splitlines()[-25:]))
             continue
-        report.facts.setdefault("vllm", {})[name] = found
-        report.add(f"vLLM, {name}: load_weights", [found["load_weights_s"]], "s")
-        report.add(f"vLLM, {name}: process start to first token", [found["first_token_s"]], "s")
+        report.add(f"vLLM, {name}: load_weights", [found[name]["load_weights_s"]], "s")
+        report.add(f"vLLM, {name}: process start to first token", [found[name]["first_token_s"]], "s")
         report.write()
-    found = report.facts.get("vllm", {})
-    if len(found) == 2:
-        a, b = found["auto"], found["ours, store"]
-        report.facts["vllm_ids_equal"] = a["ids"] == b["ids"]
-        report.add(
-            "vLLM: load_weights, auto over ours", [a["load_weights_s"] / b["load_weights_s"]], "x", ">= 5"
-        )
+    mine = found.get("ours, store")
+    for name in found:
+        if mine is not None and not name.startswith("ours"):
+            report.facts.setdefault("vllm_ids_equal", {})[name] = found[name]["ids"] == mine["ids"]
+            ratio = found[name]["load_weights_s"] / mine["load_weights_s"]
+            target = ">= 5" if name == "auto" else "> 1"
+            report.add(f"vLLM: load_weights, {name} over ours from the store", [ratio], "x", target)
 
 
 def engine(settings: dict[str, Any]) -> None:
@@ -537,12 +551,11 @@ def engine(settings: dict[str, Any]) -> None:
 
     vllm_serverless_loader.register()
     from vllm import LLM, SamplingParams
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    from vllm_serverless_loader.vllm_loader import ServerlessLoader
+    from vllm.model_executor import model_loader
 
     spent: list[float] = []
-    for owner in (DefaultModelLoader, ServerlessLoader):
+    loaders = set(model_loader._LOAD_FORMAT_TO_MODEL_LOADER.values())
+    for owner in [loader for loader in loaders if "load_weights" in vars(loader)]:
         original = owner.load_weights
 
         def timed(self: Any, *arguments: Any, original: Any = original) -> None:
@@ -552,13 +565,10 @@ def engine(settings: dict[str, Any]) -> None:
             spent.append(time.perf_counter() - start)
 
         owner.load_weights = timed
-    extra = {}
-    if settings["load_format"] == "serverless_llm":
-        extra = {"store": settings["store"], "store_required": True, "io_threads": 16, "staging_chunks": 32}
     llm = LLM(
         model=settings["model"],
         load_format=settings["load_format"],
-        model_loader_extra_config=extra,
+        model_loader_extra_config=settings.get("extra", {}),
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=1024,
@@ -570,6 +580,11 @@ def engine(settings: dict[str, Any]) -> None:
     ids = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
     total = time.perf_counter() - begin
     print(json.dumps({"first_token_s": total, "load_weights_s": spent[-1], "ids": ids}), flush=True)
+    if "save_to" in settings:
+        target = Path(settings["save_to"])
+        target.mkdir(parents=True)
+        shutil.copy(Path(settings["model"]) / "config.json", target)
+        llm.llm_engine.engine_core.save_sharded_state(path=str(target), pattern=None, max_size=None)
 
 
 def main() -> None:
@@ -582,6 +597,7 @@ def main() -> None:
     parser.add_argument("--memory-folder", default="/dev/shm")
     parser.add_argument("--disk-folder", default=tempfile.gettempdir())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vllm-arms", default="", help="names of arms with ';' between; all by default")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
@@ -629,7 +645,10 @@ def main() -> None:
                 report.stage("cold", run, 30)
             if "vllm" in stages and CUDA:
                 torch.cuda.empty_cache()
-                report.stage("vllm", lambda: vllm_start(report, memory / "plain", socket), 60)
+                engines = vllm_arms(memory / "plain", memory / "sharded", socket)
+                chosen = options.vllm_arms.split(";") if options.vllm_arms else list(engines)
+                run = functools.partial(vllm_start, report, {name: engines[name] for name in chosen})
+                report.stage("vllm", run, 60)
     finally:
         shutil.rmtree(memory, ignore_errors=True)
         shutil.rmtree(disk, ignore_errors=True)

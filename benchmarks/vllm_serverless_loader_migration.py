@@ -1,12 +1,13 @@
 """How long does a client wait while its request moves: rounds against stop-and-replay?
 
-python benchmarks/vllm_serverless_loader_migration.py [--out FOLDER] [--engine simulated|vllm] [--repeats N]
+python benchmarks/vllm_serverless_loader_migration.py [--out FOLDER] [--engine vllm|simulated] [--repeats N]
+    [--budget SECONDS]
 
-``vllm``: two real engines, each with a process of its own, on examples/tiny_moe (float32, CPU), prompts of up
-to 120 tokens. ``simulated`` (default): engines with the step and prefill times of an 8B model on one GPU (20
-ms a step, 0.1 ms a prefilled token), contexts of 512 to 8192 tokens. Pause: from the stop of the source to
-the first token of the destination. Stop-and-replay stops the source first, as a migration without rounds
-must.
+``vllm`` (default): two real engines, each with a process of its own, float32 on the CPU; a random dense model
+of 20 M parameters, whose prefill of 2048 tokens takes about a hundred decode steps. Every prompt is new to
+both. ``simulated``: engines with the step and prefill times of an 8B model on one GPU (20 ms a step, 0.1 ms a
+prefilled token). Pause: from the stop of the source to the first token of the destination. Stop-and-replay
+stops the source first, as a migration without rounds must.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,14 @@ from benchmarks.common import RESULTS, Headline, write_result  # noqa: E402
 from vllm_serverless_loader import RequestState, SimulatedEngine, TokenRouter  # noqa: E402
 
 STEP_S, PREFILL_S = 0.02, 1e-4
+# One core for each engine; nothing is fetched or reported.
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 async def one(
@@ -58,7 +69,8 @@ async def one(
         await router_live.moved.wait()
         found = {"pause_s": time.perf_counter() - begin, "rounds": 0, "last_round_s": 0.0}
     steps = [b - a for a, b in itertools.pairwise(arrivals[:before])]
-    await stream
+    stream.cancel()
+    await asyncio.gather(stream, return_exceptions=True)
     return {**found, "step_s": statistics.median(steps)}
 
 
@@ -72,51 +84,78 @@ def simulated(context: int, rounds: bool) -> dict[str, float]:
 
 
 def measure(
-    run: Callable[[int, bool], dict[str, float]], contexts: list[int], repeats: int
+    run: Callable[[int, bool], dict[str, float]], contexts: list[int], repeats: int, deadline: float
 ) -> tuple[list, dict]:
+    """Arms and contexts take turns; no turn begins after ``deadline``, but three are made."""
+    found: dict[tuple[int, bool], list[dict[str, float]]] = {
+        (context, rounds): [] for context in contexts for rounds in (True, False)
+    }
+    for turn in range(repeats):
+        if turn >= 3 and time.monotonic() > deadline:
+            break
+        for context, rounds in list(found) if turn % 2 == 0 else list(found)[::-1]:
+            found[context, rounds].append(run(context, rounds))
     headline: list[Headline] = []
     samples: dict[str, list[float]] = {}
     for context in contexts:
-        found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-        for turn in range(repeats):
-            for rounds in (True, False) if turn % 2 == 0 else (False, True):
-                found[rounds].append(run(context, rounds))
-        for rounds, name in ((True, "rounds"), (False, "stop and replay")):
-            pauses = [row["pause_s"] for row in found[rounds]]
+        moved, replayed = found[context, True], found[context, False]
+        for rows, name in ((moved, "rounds"), (replayed, "stop and replay")):
+            pauses = [row["pause_s"] for row in rows]
             samples[f"pause, context {context}, {name}"] = pauses
-            headline.append(
-                Headline(
-                    f"pause at context {context}, {name}",
-                    statistics.median(pauses),
-                    "s",
-                    min(pauses),
-                    max(pauses),
-                )
-            )
-        ratios = [a["pause_s"] / b["pause_s"] for a, b in zip(found[False], found[True], strict=True)]
+            headline.append(summary(f"pause at context {context}, {name}", pauses, "s"))
+        samples[f"last round's prefill, context {context}"] = [row["last_round_s"] for row in moved]
+        samples[f"decode step, context {context}"] = [row["step_s"] for row in moved]
+        samples[f"rounds (count), context {context}"] = [row["rounds"] for row in moved]
+        ratios = [a["pause_s"] / b["pause_s"] for a, b in zip(replayed, moved, strict=True)]
         target = ">= 3" if context >= 2048 else ""
-        median = statistics.median(ratios)
         what = f"pause of stop and replay over rounds, context {context}"
-        headline.append(Headline(what, median, "x", min(ratios), max(ratios), target))
-        bound = [row["pause_s"] / (2 * row["step_s"] + row["last_round_s"]) for row in found[True]]
+        headline.append(summary(what, ratios, "x", target))
+        bound = [row["pause_s"] / (2 * row["step_s"] + row["last_round_s"]) for row in moved]
         what = f"pause over (two steps + last round's prefill), context {context}"
-        headline.append(Headline(what, statistics.median(bound), "x", min(bound), max(bound), "<= 1"))
+        headline.append(summary(what, bound, "x", "<= 1"))
         print(context, [round(row.value or 0, 4) for row in headline[-4:]], flush=True)
     return headline, samples
 
 
-def on_vllm(repeats: int) -> tuple[list[Headline], dict[str, list[float]]]:
+def summary(what: str, values: list[float], unit: str, target: str = "") -> Headline:
+    return Headline(what, statistics.median(values), unit, min(values), max(values), target)
+
+
+def write_model(folder: Path) -> Path:
+    """A random dense model large enough that a prefill takes many decode steps."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def on_vllm(folder: Path, repeats: int, budget: float) -> tuple[list[Headline], dict[str, list[float]]]:
     """Two real engines that serve all repetitions; every prompt is new to both."""
     from vllm_serverless_loader import VLLMEngine
 
+    deadline = time.monotonic() + budget
+    model = str(write_model(folder / "model"))
+
     def start() -> VLLMEngine:
         return VLLMEngine.start(
-            str(ROOT / "examples/tiny_moe/model"),
+            model,
             dtype="float32",
             block_size=32,
             enforce_eager=True,
             skip_tokenizer_init=True,
-            max_model_len=256,
+            max_model_len=4096,
             disable_log_stats=True,
         )
 
@@ -127,18 +166,18 @@ def on_vllm(repeats: int) -> tuple[list[Headline], dict[str, list[float]]]:
 
     def run(context: int, rounds: bool) -> dict[str, float]:
         number = next(turn)
-        prompt = tuple((7 * number + 3 * j + j * j) % 250 + 2 for j in range(context))
-        sampling = {"max_tokens": 100, "ignore_eos": True, "temperature": 0.0}
+        prompt = tuple((7 * number + 3 * j + j * j) % 1000 + 2 for j in range(context))
+        sampling = {"max_tokens": 480, "ignore_eos": True, "temperature": 0.0}
         request = RequestState(f"r{number}", prompt, sampling=sampling)
-        return loop.run_until_complete(one(*engines, request, 20, rounds=rounds, gap=8))
+        return loop.run_until_complete(one(*engines, request, 12, rounds=rounds, gap=8))
 
     async def both() -> None:
         engines.extend((start(), start()))
 
-    loop.run_until_complete(both())
     try:
-        run(40, True)
-        return measure(run, [120], repeats)
+        loop.run_until_complete(both())
+        run(200, True)
+        return measure(run, [512, 1024, 2048], repeats, deadline)
     finally:
         for engine in engines:
             engine.shutdown()
@@ -147,21 +186,27 @@ def on_vllm(repeats: int) -> tuple[list[Headline], dict[str, list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--engine", choices=["simulated", "vllm"], default="simulated")
+    parser.add_argument("--engine", choices=["simulated", "vllm"], default="vllm")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=110.0, help="seconds after which no turn begins")
     options = parser.parse_args()
     if options.engine == "vllm":
-        headline, samples = on_vllm(options.repeats)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        with tempfile.TemporaryDirectory() as folder:
+            headline, samples = on_vllm(Path(folder), options.repeats, options.budget)
     else:
-        headline, samples = measure(simulated, [512, 2048, 4096, 8192], options.repeats)
+        deadline = time.monotonic() + options.budget
+        headline, samples = measure(simulated, [512, 2048, 4096, 8192], options.repeats, deadline)
     suffix = "_vllm" if options.engine == "vllm" else ""
+    simulated_times = {"step_s": STEP_S, "prefill_s_per_token": PREFILL_S}
     write_result(
         f"vllm_serverless_loader_migration{suffix}",
         question="How long does a client wait while its request moves: rounds against stop-and-replay?",
         headline=headline,
         samples=samples,
         folder=options.out,
-        parameters={"engine": options.engine, "step_s": STEP_S, "prefill_s_per_token": PREFILL_S},
+        parameters={"engine": options.engine} | ({} if suffix else simulated_times),
     )
 
 

@@ -7,9 +7,11 @@ neither vLLM nor Ray, and touches no device.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 _MODULE_OF = {
+    "AdapterCache": "loading.adapters",
     "CachedModel": "loading.host_cache",
     "Checkpoint": "checkpoint.reader",
     "CheckpointKey": "checkpoint.index",
@@ -60,6 +62,10 @@ def register() -> None:
     from vllm_serverless_loader.vllm_loader import register as register_loader
 
     register_loader()
+    if os.environ.get("SERVERLESS_LOADER_ADAPTERS"):
+        from vllm_serverless_loader.vllm_adapters import register as register_resolver
+
+        register_resolver()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_serverless_loader.loading.options import LoadOptions
-
-_UNITS = {
-    "": 1,
-    **{p: 1000**i for i, p in enumerate("kmgt", 1)},
-    **{p + "i": 1024**i for i, p in enumerate("kmgt", 1)},
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a text such as ``"64GiB"`` or ``"500MB"``.
-
-    Raises:
-        ValueError: not a positive size.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"a size must be bytes or text such as 64GiB or 500MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+from vllm_serverless_loader.loading.options import LoadOptions, parse_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store.add_argument("--socket", required=True)
     store.add_argument("--chunk", default="16MiB")
     store.add_argument("--io-threads", type=int, default=LoadOptions().io_threads)
+    store.add_argument("--adapter-memory", default="1GiB", help="of LoRA adapters, beside the pool")
     store.add_argument("--remote-cache", help="folder for local copies of models given by URL")
 
     probe = commands.add_parser("probe", help="measure the links between this machine's memory tiers")
@@ -159,6 +141,7 @@ def _store(options: argparse.Namespace) -> int:
             options.socket,
             options=LoadOptions(io_threads=options.io_threads),
             remote_cache=options.remote_cache,
+            adapter_bytes=parse_size(options.adapter_memory),
         ),
     ):
         print(f"store: {cache.capacity_bytes} bytes at {Path(options.socket).resolve()}", flush=True)
@@ -172,6 +155,8 @@ def _probe(options: argparse.Namespace) -> int:
     from tiered_memory import measure_bandwidth
 
     nbytes = parse_size(options.size)
+    if nbytes < 1 << 20:
+        raise ValueError(f"--size must be at least 1MiB to say something, got {options.size}")
     found = {
         "disk": measure_bandwidth("disk_read", path=options.disk, nbytes=nbytes).bytes_per_s,
         "host_copy": measure_bandwidth("host_copy", nbytes=nbytes).bytes_per_s,

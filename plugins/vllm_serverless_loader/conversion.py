@@ -35,7 +35,8 @@ def convert(
         engine_arguments: further arguments of ``vllm.LLM``.
 
     Raises:
-        ValueError: unknown layout, or more than one rank with ``"full"``.
+        ValueError: unknown layout, ``out`` is ``model``, no rank, or a number of ranks or a dtype with
+            ``"full"``, which has neither.
         FileNotFoundError: no weights in ``model``.
         FileExistsError: ``out`` holds a checkpoint already.
         OSError: the disk is full; what was written is removed.
@@ -43,6 +44,14 @@ def convert(
     source, target = Path(model), Path(out)
     if layout not in ("full", "vllm"):
         raise ValueError(f"layout must be 'full' or 'vllm', got {layout!r}")
+    if tensor_parallel_size < 1:
+        raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+    if layout == "full" and tensor_parallel_size != 1:
+        raise ValueError("layout 'full' serves any number of ranks; leave tensor_parallel_size at 1")
+    if layout == "full" and dtype != "auto":
+        raise ValueError("layout 'full' keeps the dtypes of the original; leave dtype at 'auto'")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the model itself; choose another directory for the checkpoint")
     if target.is_dir() and any(target.glob("partition-*.json")):
         raise FileExistsError(f"{target} holds a checkpoint already; remove it or choose another directory")
     with open_checkpoint(source) as checkpoint:
@@ -51,8 +60,6 @@ def convert(
 
             convert_in_vllm(source, target, tensor_parallel_size, dtype, engine_arguments or {})
             return target
-        if tensor_parallel_size != 1:
-            raise ValueError("layout 'full' serves any number of ranks; leave tensor_parallel_size at 1")
         tensors = checkpoint.load().tensors
         key = CheckpointKey(layout="full", model=model_digest(source))
         write_partition(target, tensors, key=key, chunk_bytes=chunk_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from vllm_serverless_loader.checkpoint.index import CheckpointKey
 from vllm_serverless_loader.checkpoint.reader import Checkpoint, model_digest, open_checkpoint
 from vllm_serverless_loader.checkpoint.writer import copy_other_files, write_partition
 from vllm_serverless_loader.loading.host_cache import CachedModel
-from vllm_serverless_loader.loading.options import LoadOptions, check_names, options_from
+from vllm_serverless_loader.loading.options import LoadOptions, LoadReport, check_names, options_from
 from vllm_serverless_loader.loading.store import StoreClient
+from vllm_serverless_loader.metrics import record, register_collector
 
 try:
     from vllm.config.load import LoadConfig
@@ -56,6 +59,7 @@ def register() -> None:
             )
     if not is_registered():
         register_model_loader(LOAD_FORMAT)(ServerlessLoader)
+    register_collector()
 
 
 def is_registered() -> bool:
@@ -111,6 +115,7 @@ class ServerlessLoader(BaseModelLoader):
         self._default = _StreamingLoader(load_config, self._stream)
         self._ahead: Future[CachedModel | None] | None = None
         self._client: StoreClient | None = None
+        self._progress = _Progress(0, shown=False)
 
     def download_model(self, model_config: Any) -> None:
         """Fetch the model's files if it is a name of the Hugging Face hub."""
@@ -144,13 +149,30 @@ class ServerlessLoader(BaseModelLoader):
             stack.enter_context(opened)
             if self._client is not None:
                 stack.callback(self._client.close)
+            shown = rank == 0 and getattr(self.load_config, "use_tqdm_on_load", True)
+            self._progress = stack.enter_context(_Progress(opened.num_bytes, shown=shown))
             if opened.index.key.layout == "vllm":
                 state = ShardedStateLoader._filter_subtensors(model.state_dict())
-                opened.load(into=state, options=self.extra.options)
+                if isinstance(opened, Checkpoint):
+                    opened.load(into=state, options=self.extra.options, progress=self._progress.advance)
+                else:
+                    opened.load(into=state, options=self.extra.options)
             else:
                 self._default.opened = opened
                 self._default.load_weights(model, model_config)
-        self._log(time.perf_counter() - begin, rank, opened)
+            report = self._report(opened, time.perf_counter() - begin)
+        self._log(report, rank, opened)
+        record(report, model=str(getattr(model_config, "served_model_name", "") or folder), rank=rank)
+
+    def _report(self, opened: Checkpoint | CachedModel, seconds: float) -> LoadReport:
+        """What the load did; a model that the store had to read first has come from disk."""
+        read = {"disk": self._progress.num_bytes} if self._progress.num_bytes else {}
+        if isinstance(opened, CachedModel):
+            read["host"] = opened.num_bytes
+            if not opened.hit:
+                read["disk"] = read.get("disk", 0) + opened.num_bytes
+        source = "disk" if "disk" in read else "host"
+        return LoadReport(max(read.values(), default=0), seconds, source, read)
 
     def _open(self, folder: Path, rank: int, world_size: int, key: CheckpointKey) -> Checkpoint | CachedModel:
         """The checkpoint, from the store if there is one."""
@@ -177,7 +199,9 @@ class ServerlessLoader(BaseModelLoader):
         if opened is None or Path(opened.path).resolve() != folder.resolve():
             opened = open_checkpoint(folder)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        return opened.tensors(device, options=self.extra.options)
+        if isinstance(opened, CachedModel):
+            return opened.tensors(device, options=self.extra.options)
+        return opened.tensors(device, options=self.extra.options, progress=self._progress.advance)
 
     def _convert(self, model: nn.Module, model_config: Any, folder: Path) -> None:
         assert self.extra.convert_to is not None
@@ -202,18 +226,45 @@ class ServerlessLoader(BaseModelLoader):
             return Path(name)
         return Path(self._default._prepare_weights(name, None, model_config.revision, False, None)[0])
 
-    def _log(self, seconds: float, rank: int, opened: Checkpoint | CachedModel) -> None:
-        source = "host" if isinstance(opened, CachedModel) and opened.hit else "disk"
-        gib = opened.num_bytes / 2**30
+    def _log(self, report: LoadReport, rank: int, opened: Checkpoint | CachedModel) -> None:
         logger.info(
             "serverless_llm: rank %d: %.2f GiB from %s in %.3f s (%.2f GiB/s), layout %s",
             rank,
-            gib,
-            source,
-            seconds,
-            gib / max(seconds, 1e-9),
+            report.num_bytes / 2**30,
+            report.source,
+            report.seconds,
+            report.bandwidth / 2**30,
             opened.index.key.layout,
         )
+
+
+class _Progress:
+    """Bytes read from disk so far, with a bar once that has taken a second. Context manager."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self.num_bytes = 0
+        self._lock = threading.Lock()
+        self._bar = tqdm(
+            total=total,
+            desc=LOAD_FORMAT,
+            unit="B",
+            unit_scale=True,
+            delay=1.0,
+            leave=False,
+            disable=not shown,
+        )
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes; may be called by several threads."""
+        with self._lock:
+            self.num_bytes += num_bytes
+            self._bar.update(num_bytes)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 class _StreamingLoader(DefaultModelLoader):

@@ -88,6 +88,35 @@ def test_sl22_bad_sizes(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", str(MODEL), str(MODEL), "--layout", "full"], "is the model itself"),
+        (["convert", str(MODEL), "OUT", "--layout", "full", "--dtype", "bfloat16"], "leave dtype at 'auto'"),
+        (
+            ["convert", str(MODEL), "OUT", "--layout", "full", "--tensor-parallel-size", "2"],
+            "leave tensor_par",
+        ),
+        (["convert", str(MODEL), "OUT", "--tensor-parallel-size", "0"], "must be at least 1, got 0"),
+        (["convert", "/nowhere", "OUT", "--layout", "full"], "no checkpoint in /nowhere"),
+        (["inspect", str(MODEL), "--rank", "-1"], "rank must not be negative"),
+        (["probe", "--size", "3"], "--size must be at least 1MiB"),
+        (["store", "--memory", "1", "--socket", "OUT"], "hold no chunk"),
+        (
+            ["store", "--memory", "1MiB", "--chunk", "1MiB", "--socket", "/nowhere/s"],
+            "no socket at /nowhere/s",
+        ),
+    ],
+)
+def test_sl22_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, capsys):
+    before = sorted(MODEL.iterdir())
+    out = tmp_path / "out"
+    assert main([str(out) if word == "OUT" else word for word in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert sorted(MODEL.iterdir()) == before
+
+
 @pytest.mark.vllm
 def test_sl22_doctor(converted, capsys, monkeypatch):
     assert main(["doctor", "--model", str(converted), "--extra-config", '{"io_threads": 2}']) == 0

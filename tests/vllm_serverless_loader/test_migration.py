@@ -333,6 +333,7 @@ def test_sl14_migration_that_is_cancelled_leaves_requests_at_the_source():
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": -0.5}, "frequency_penalty"),
         ({"stop": ["\n"]}, "stop"),
+        ({"bad_words": ["x"]}, "bad_words"),
     ],
 )
 def test_sl17_what_tokens_cannot_carry_is_refused_before_anything_changes(sampling, reason):
@@ -351,6 +352,27 @@ def test_sl17_what_tokens_cannot_carry_is_refused_before_anything_changes(sampli
         assert destination.computed_tokens == 0
         for stream in streams:
             assert await stream == expected(PROMPT, 60)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("sampling", [{"stop": ["x"]}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}])
+def test_sl26_only_what_both_engines_carry_moves(sampling):
+    async def run():
+        source, destination = SimulatedEngine(), SimulatedEngine()
+        router = TokenRouter(source)
+        stream = asyncio.ensure_future(collect(router, request("r", 60, **sampling)))
+        await after(router, 3)
+        for one, other in ((source, destination), (destination, source)):
+            # Rolling back needs the source to carry it as well.
+            one.carries, other.carries = frozenset(sampling), frozenset()
+            with pytest.raises(MigrationError, match=next(iter(sampling))):
+                await router.migrate(destination)
+        source.carries = destination.carries = frozenset(sampling)
+        report = await router.migrate(destination)
+        assert report.requests[0].outcome in {"migrated", "finished"}
+        assert router.engine is destination
+        assert await stream == expected(PROMPT, 60)
 
     asyncio.run(run())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -88,6 +89,51 @@ def test_sl19_migration_makes_room_where_the_bytes_are():
     assert result.finish_s[0] == pytest.approx(0.25 + 100 * 0.02 + pause)
     fixed = simulate(trace, models, specs, StartupTimePolicy(known, migration=False), on_disk=on_disk)
     assert fixed.startup_s[1] == pytest.approx(16.0)
+
+
+def test_sl28_staging_is_never_slower_and_faster_when_the_disk_is_slow():
+    """The migration takes 1 s; the model is in host memory before, or after it, or does not fit there."""
+    specs = [
+        ServerSpec(num_gpus=1, bandwidth=LINKS, host_cache_bytes=64e9),
+        ServerSpec(num_gpus=1, bandwidth=LINKS | {"disk": 1e9}),
+    ]
+    trace = trace_of((0.0, "b"), (1.0, "a"), models=("a", "b"), outputs=1000)
+    # b, 1 GB, is on both disks: 1 s at the second server, and less than 0.02 s of recomputed tokens.
+    for size, pool, plain, staged in (
+        (4e9, 64e9, 1.0 + 1.0, 1.0 + 0.25),  # read while b moves: left is the copy from host memory
+        (16e9, 64e9, 1.0 + 4.0, 4.0),  # the disk is at work all the time
+        (16e9, 8e9, 1.0 + 4.0, 1.0 + 4.0),  # no room in the pool
+    ):
+        models = infos(size, 1e9)
+        known = {one.name: one for one in models}
+        here = [dataclasses.replace(specs[0], host_cache_bytes=pool), specs[1]]
+        found = {}
+        for staging in (False, True):
+            policy = StartupTimePolicy(known, staging=staging)
+            result = simulate(trace, models, here, policy, on_disk=[{"a", "b"}, {"b"}])
+            assert result.migrated.tolist() == [True, False]
+            found[staging] = result.startup_s[1]
+        assert found[False] == pytest.approx(plain, abs=0.02)
+        assert found[True] == pytest.approx(staged, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sl28_the_first_request_that_migrates_never_starts_later(seed):
+    """Up to there both runs are the same; after it they decide about other clusters."""
+    names = [f"m{n}" for n in range(8)]
+    models = [ModelInfo(name, (int(6e9 + 1e9 * number),)) for number, name in enumerate(names)]
+    known = {one.name: one for one in models}
+    trace = Trace.gamma(names, requests_per_s=1.0, duration_s=120, cv=4.0, seed=seed, output_tokens=800)
+    specs = [ServerSpec(num_gpus=2, bandwidth=LINKS | {"disk": 2e9}, host_cache_bytes=16e9)] * 4
+    on_disk = [set(names[number::2]) for number in range(4)]
+    plain, staged = (
+        simulate(trace, models, specs, StartupTimePolicy(known, staging=staging), on_disk=on_disk)
+        for staging in (False, True)
+    )
+    differ = np.flatnonzero(plain.startup_s != staged.startup_s)
+    assert plain.migrated.any()
+    if differ.size:
+        assert staged.startup_s[differ[0]] < plain.startup_s[differ[0]]
 
 
 @pytest.mark.parametrize("policy", [FirstAvailablePolicy, LocalityPolicy, RandomPolicy, StartupTimePolicy])

@@ -17,6 +17,7 @@ from vllm_serverless_loader import (
     convert,
     load_checkpoint,
 )
+from vllm_serverless_loader.metrics import record
 
 pytestmark = pytest.mark.vllm
 
@@ -158,15 +159,57 @@ def test_sl01_registering_twice_changes_nothing():
     assert vllm_loader.is_registered()
 
 
-def test_sl25_one_line_a_rank_with_source_and_rate(tied_model, caplog, monkeypatch):
-    from vllm_serverless_loader import vllm_loader
+def shown_by_metrics():
+    """What ``/metrics`` would show of our loads: sample name and tier -> value."""
+    from prometheus_client import REGISTRY, generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
 
+    families = text_string_to_metric_families(generate_latest(REGISTRY).decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        (sample.name.removeprefix("vllm:serverless_loader_"), sample.labels.get("tier", "")): sample.value
+        for sample in samples
+        if sample.name.startswith("vllm:serverless_loader_") and sample.labels["model_name"] == "sl25"
+    }
+
+
+@pytest.mark.parametrize("case", ["trained"], indirect=True)
+def test_sl25_one_line_a_rank_and_counters_equal_the_reports(case, tmp_path, caplog, monkeypatch):
+    from vllm_serverless_loader import open_checkpoint, vllm_loader
+
+    folder, _, _, converted = case
+    reports = []
+    monkeypatch.setattr(
+        vllm_loader,
+        "record",
+        lambda report, **labels: reports.append(report) or record(report, model="sl25", rank=labels["rank"]),
+    )
     # vLLM takes the handlers off its own loggers when an engine starts.
     monkeypatch.setattr(vllm_loader, "logger", logging.getLogger("test_sl25"))
+    before = shown_by_metrics()
+    extra = {"store": str(tmp_path / "s.sock"), "store_required": True}
     with caplog.at_level(logging.INFO, "test_sl25"):
-        greedy_ids(tied_model, {})
+        greedy_ids(folder, {})
+        with (
+            HostCache(64 << 20, chunk_bytes=1 << 20, shared=True) as cache,
+            StoreServer(cache, extra["store"]),
+        ):
+            greedy_ids(converted, extra)
+            greedy_ids(converted, extra)
     lines = [record.getMessage() for record in caplog.records if record.name == "test_sl25"]
-    assert len(lines) == 1
-    assert "rank 0" in lines[0]
-    assert "from disk" in lines[0]
-    assert "GiB/s" in lines[0]
+    assert [line.split(" from ")[1].split()[0] for line in lines] == ["disk", "disk", "host"]
+    assert all("rank 0" in line and "GiB/s" in line for line in lines)
+
+    size = {path: open_checkpoint(path).num_bytes for path in (folder, converted)}
+    assert [dict(report.bytes_read) for report in reports] == [
+        {"disk": size[folder]},
+        {"disk": size[converted], "host": size[converted]},
+        {"host": size[converted]},
+    ]
+    shown = shown_by_metrics()
+    added = {key: value - before.get(key, 0) for key, value in shown.items()}
+    assert added["loads_total", ""] == 3
+    assert added["load_seconds_total", ""] == pytest.approx(sum(report.seconds for report in reports))
+    assert added["bytes_read_total", "disk"] == size[folder] + size[converted]
+    assert added["bytes_read_total", "host"] == 2 * size[converted]
+    assert shown["bytes_per_second", "host"] == pytest.approx(size[converted] / reports[-1].seconds)

@@ -30,23 +30,22 @@ def start():
         load_format="serverless_llm",
         block_size=BLOCK,
         enforce_eager=True,
-        skip_tokenizer_init=True,
         max_model_len=256,
         disable_log_stats=True,
         seed=0,
     )
 
 
-def requests(tag):
-    sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
+def requests(tag, **more):
+    sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, **more}
     return [RequestState(f"{tag}{n}", prompt, sampling=sampling) for n, prompt in enumerate(PROMPTS)]
 
 
-def serve(router, tag):
+def serve(router, tag, **more):
     async def collect(state):
         return [token.id async for token in router.generate(state)]
 
-    return [asyncio.ensure_future(collect(state)) for state in requests(tag)]
+    return [asyncio.ensure_future(collect(state)) for state in requests(tag, **more)]
 
 
 async def after(router, tokens):
@@ -63,6 +62,39 @@ def engine_processes():
             if child.status() != psutil.STATUS_ZOMBIE and not is_tracker:
                 found.add(child.pid)
     return found
+
+
+async def check_sl26(source, destination, plain):
+    """Penalties and stop strings across a seam give what plain vLLM gives without one."""
+    from vllm import SamplingParams
+
+    penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
+    expected = await asyncio.gather(*serve(TokenRouter(source), "whole", **penalties))
+    assert expected != plain  # the penalties matter
+    router = TokenRouter(source)
+    streams = serve(router, "penalised", **penalties)
+    await after(router, 20)
+    await router.migrate(destination)
+    assert await asyncio.gather(*streams) == expected
+
+    # Text that occurs once, from a token at 40 to one at least 20 later: a seam between them cuts it.
+    tokenizer = source.llm.get_tokenizer()
+    texts = [tokenizer.decode(plain[0][:count]) for count in range(TOKENS + 1)]
+    stops = (texts[end][len(texts[40]) :] for end in range(60, TOKENS))
+    stop = next(text for text in stops if texts[TOKENS].find(text) == len(texts[40]))
+    sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "stop": [stop]}
+    prompt = {"prompt_token_ids": list(PROMPTS[0])}
+    async for output in source.llm.generate(prompt, SamplingParams(**sampling), "native"):
+        whole = output.outputs[0]
+    assert whole.finish_reason == "stop"
+    ids = tuple(whole.token_ids)
+    assert 60 <= len(ids) < TOKENS
+    for seam in (0, 1, 41, len(ids) - 1):
+        state = RequestState(f"stops{seam}", PROMPTS[0], ids[:seam], sampling)
+        rest = [token async for token in destination.generate(state)]
+        assert tuple(token.id for token in rest) == ids[seam:]
+        assert [token.finish_reason for token in rest if token.finish_reason] == ["stop"]
+    assert source.carries == {"stop", "presence_penalty", "frequency_penalty"}
 
 
 def test_sl14_real_engines_move_streams_and_survive_failures():
@@ -94,6 +126,8 @@ def test_sl14_real_engines_move_streams_and_survive_failures():
                     law = step.context_tokens - BLOCK * (min(known, step.context_tokens - 1) // BLOCK)
                     assert step.computed_tokens == law
                     known = step.context_tokens
+
+            await check_sl26(source, destination, expected)
 
             leaving, *staying = serve(router, "leaves")
             await after(router, 5)

@@ -34,7 +34,14 @@ from vllm_serverless_loader.loading.pipeline import (
     typed_view,
 )
 from vllm_serverless_loader.loading.read_plan import Chunk, DataFile, lay_out, plan_chunks
-from vllm_serverless_loader.loading.sources import Extents, FileSource, Source, memory_pieces
+from vllm_serverless_loader.loading.sources import (
+    Extents,
+    FileSource,
+    Progress,
+    Source,
+    memory_pieces,
+    watched,
+)
 
 if TYPE_CHECKING:
     import os
@@ -91,6 +98,7 @@ class Checkpoint:
         into: Mapping[str, Tensor] | None = None,
         strict: bool = True,
         options: LoadOptions | None = None,
+        progress: Progress | None = None,
     ) -> LoadResult:
         """Load tensors.
 
@@ -100,6 +108,7 @@ class Checkpoint:
             into: tensors to fill, of any device and stride; returned as ``.tensors``.
             strict: names of ``into`` must match exactly; otherwise the common ones are filled.
             options: how to read.
+            progress: is told the bytes of each chunk that has been read, from several threads.
 
         Raises:
             ValueError: names, shapes or dtypes of ``into`` differ; nothing has been written then.
@@ -110,7 +119,7 @@ class Checkpoint:
         chunks = self.plan(options)
         with self.source(options) as source:
             return load_from(
-                source,
+                watched(source, progress),
                 self.index,
                 chunks,
                 torch.device(device),
@@ -121,7 +130,11 @@ class Checkpoint:
             )
 
     def tensors(
-        self, device: str | torch.device = "cpu", *, options: LoadOptions | None = None
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        options: LoadOptions | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Tensors one by one in file order, read ahead by threads; a tensor is valid until the next one.
 
@@ -130,7 +143,7 @@ class Checkpoint:
         options = options or LoadOptions()
         with self.source(options) as source:
             yield from stream_tensors(
-                source,
+                watched(source, progress),
                 self.plan(options),
                 self.index.tensors,
                 torch.device(device),
@@ -197,9 +210,11 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: no checkpoint, or a file of it is missing.
-        ValueError: other number of ranks, newer version, or another key.
+        ValueError: a rank that is not there, other number of ranks, newer version, or another key.
         CorruptCheckpointError: an index is damaged, or a file has another length.
     """
+    if rank < 0:
+        raise ValueError(f"rank must not be negative, got {rank}")
     folder = Path(path)
     sizes = {int(match[2]) for match in map(_PARTITION.fullmatch, _file_names(folder)) if match}
     if not sizes:

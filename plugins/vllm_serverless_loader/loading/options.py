@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 DIRECT_IO_MODES = ("auto", "always", "never")
+_UNITS = {
+    "": 1,
+    **{p: 1000**i for i, p in enumerate("kmgt", 1)},
+    **{p + "i": 1024**i for i, p in enumerate("kmgt", 1)},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,18 @@ class LoadOptions:
             raise ValueError(f"direct_io must be one of {', '.join(DIRECT_IO_MODES)}; got {self.direct_io!r}")
         if not isinstance(self.verify, bool):
             raise ValueError(f"verify must be true or false, got {self.verify!r}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as ``"64GiB"`` or ``"500MB"``.
+
+    Raises:
+        ValueError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"a size must be bytes or text such as 64GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:

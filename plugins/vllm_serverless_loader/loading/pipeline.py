@@ -235,6 +235,10 @@ def stream_tensors(
         ahead: deque[tuple[Chunk, Slot, object]] = deque()
         upcoming = iter(chunks)
         partial: Tensor | None = None
+        # One buffer for all tensors that lie in several chunks: allocating each anew fragments the heap.
+        cut = {part.name for chunk in chunks for part in chunk.segments if part.tensor_offset}
+        room = max((tensors[name].num_bytes for name in cut), default=0) if device.type == "cpu" else 0
+        buffer = torch.empty(room, dtype=torch.uint8)
         while True:
             while len(ahead) < staging_chunks and (chunk := next(upcoming, None)) is not None:
                 slot = staging.slot()
@@ -249,7 +253,9 @@ def stream_tensors(
                     here = slot.buffer[part.chunk_offset : part.chunk_offset + part.num_bytes]
                     is_whole = part.num_bytes == entry.num_bytes
                     if not (is_whole and device.type == "cpu"):
-                        if part.tensor_offset == 0:
+                        if part.tensor_offset == 0 and device.type == "cpu":
+                            partial = buffer[: entry.num_bytes]
+                        elif part.tensor_offset == 0:
                             partial = torch.empty(entry.num_bytes, dtype=torch.uint8, device=device)
                         assert partial is not None
                         # The memory may have belonged to a tensor that the caller's stream still reads.

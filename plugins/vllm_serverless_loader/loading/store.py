@@ -34,6 +34,7 @@ from vllm_serverless_loader.checkpoint.index import (
     TensorEntry,
 )
 from vllm_serverless_loader.checkpoint.reader import Checkpoint, open_checkpoint
+from vllm_serverless_loader.loading.adapters import AdapterCache
 from vllm_serverless_loader.loading.device_push import (
     DriverError,
     RemoteMemory,
@@ -66,10 +67,11 @@ class StoreServer:
         socket_path: where clients connect; readable and writable by this user alone.
         options: how models are read.
         remote_cache: folder for local copies of models whose path is a URL; without it they are refused.
+        adapter_bytes: host memory for adapters, beside the pool.
 
     Raises:
         ValueError: the cache is not shared.
-        OSError: another server listens there.
+        OSError: another server listens there, or no socket can be made there.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class StoreServer:
         *,
         options: LoadOptions | None = None,
         remote_cache: str | os.PathLike[str] | None = None,
+        adapter_bytes: int = 1 << 30,
     ) -> None:
         if cache.arena.fd is None:
             raise ValueError("store: the cache must be made with shared=True")
@@ -86,6 +89,8 @@ class StoreServer:
         self.socket_path = Path(socket_path)
         self._options = options or LoadOptions()
         self._remote_cache = None if remote_cache is None else Path(remote_cache)
+        folder = self.socket_path.absolute().with_name(self.socket_path.name + ".adapters")
+        self.adapters = AdapterCache(folder, adapter_bytes, options=options)
         self._listener: socket.socket | None = None
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -96,7 +101,10 @@ class StoreServer:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _remove_dead_socket(self.socket_path)
-            listener.bind(str(self.socket_path))
+            try:
+                listener.bind(str(self.socket_path))
+            except OSError as error:
+                raise OSError(error.errno, f"store: no socket at {self.socket_path}: {error}") from error
             os.chmod(self.socket_path, 0o600)
             listener.listen()
         except BaseException:
@@ -126,6 +134,7 @@ class StoreServer:
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in clients.values():
             thread.join()
+        self.adapters.close()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -171,11 +180,15 @@ class StoreServer:
             model, device, parts = leases[int(request["lease"])], str(request["device"]), request["parts"]
             if _with_beats(connection, lambda: _push(model, device, parts)):
                 _send(connection, {"pinned": self.cache.arena.pinned})
+        elif operation == "adapter":
+            found: list[Path] = []
+            if _with_beats(connection, lambda: found.append(self.adapters.get(str(request["path"])))):
+                _send(connection, {"path": str(found[0])})
         elif operation == "models":
             models = [{"path": path, "rank": rank} for path, rank in self.cache.models]
             used, capacity = self.cache.used_bytes, self.cache.capacity_bytes
             facts = {"used_bytes": used, "capacity_bytes": capacity, "pinned": self.cache.arena.pinned}
-            _send(connection, {"models": models, **facts})
+            _send(connection, {"models": models, "adapters": list(self.adapters.adapters), **facts})
         else:
             _send(connection, _refusal(ValueError(f"store: unknown operation {operation!r}")))
 
@@ -308,6 +321,16 @@ class StoreClient:
             self._pushes = False
             return False
         return True
+
+    def adapter(self, path: str | os.PathLike[str]) -> Path:
+        """Folder of an adapter in the store's memory, which reads it if it is not there.
+
+        Raises:
+            ConnectionError: the store is gone.
+            FileNotFoundError, MemoryError, OSError: see
+                :meth:`~vllm_serverless_loader.loading.adapters.AdapterCache.get`.
+        """
+        return Path(self._request({"op": "adapter", "path": os.path.realpath(path)})["path"])
 
     def models(self) -> list[dict[str, Any]]:
         """Cached models, ``{"path", "rank"}``, least recently used first."""

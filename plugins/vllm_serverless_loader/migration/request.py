@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +11,17 @@ _UNSUPPORTED = (
     "structured_outputs",
     "guided_decoding",
     "prompt_logprobs",
-    "stop",
     "logits_processors",
     "thinking_token_budget",
+    "repetition_detection",
+    "bad_words",
 )
+# What an engine may be able to go on with, if it is told which part of its prompt is output.
+_OVER_THE_OUTPUT = {
+    "presence_penalty": "counts the output, which would become part of the prompt",
+    "frequency_penalty": "counts the output, which would become part of the prompt",
+    "stop": "may begin in the output, which would become part of the prompt",
+}
 
 
 class Token(NamedTuple):
@@ -58,14 +65,18 @@ class RequestState:
             sampling["min_tokens"] = max(0, sampling["min_tokens"] - done)
         return sampling
 
-    def refusal(self) -> str | None:
-        """Why a replay of the tokens cannot carry this request; None if it can."""
+    def refusal(self, carries: Collection[str] = ()) -> str | None:
+        """Why a replay of the tokens cannot carry this request; None if it can.
+
+        Args:
+            carries: of both engines, see :class:`Engine`.
+        """
         for name in ("n", "best_of"):
             if (self.sampling.get(name) or 1) > 1:
                 return f"{name}={self.sampling[name]} makes several answers"
-        for name in ("presence_penalty", "frequency_penalty"):
-            if self.sampling.get(name):
-                return f"{name} counts the output, which would become part of the prompt"
+        for name, reason in _OVER_THE_OUTPUT.items():
+            if self.sampling.get(name) and name not in carries:
+                return f"{name} {reason}, and the engines do not say that they carry it"
         for name in _UNSUPPORTED:
             if self.sampling.get(name):
                 return f"{name} depends on state that tokens do not hold"
@@ -77,7 +88,11 @@ class RequestState:
 
 
 class Engine(Protocol):
-    """All that migration needs of an engine."""
+    """All that migration needs of an engine.
+
+    An engine that goes on with ``presence_penalty``, ``frequency_penalty`` or ``stop`` from
+    ``request.output_token_ids`` names them in an attribute ``carries``; without it such requests stay.
+    """
 
     def generate(self, request: RequestState) -> AsyncIterator[Token]:
         """The tokens that follow ``request.token_ids``."""

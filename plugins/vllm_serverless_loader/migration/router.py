@@ -107,8 +107,10 @@ class TokenRouter:
         """
         if self._migration is not None:
             raise MigrationError(None, "another migration is under way")
+        # A request handed over goes back to the source if the destination fails, so both must carry it.
+        carries = set(getattr(destination, "carries", ())) & set(getattr(self.engine, "carries", ()))
         for live in self._live.values():
-            reason = live.state.refusal()
+            reason = live.state.refusal(carries)
             if reason is not None:
                 raise MigrationError(live.state.request_id, reason)
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from vllm_serverless_loader.scheduling.estimators import LoadingTimeEstimator, MigrationTimeEstimator
@@ -53,6 +54,7 @@ class ServerState:
         loading, migration: this server's estimators.
         instances: what runs here.
         io_free_at: when its queue of loads from disk and remote ends, seconds.
+        host_cache_bytes: size of its pool; a larger model cannot be staged there.
     """
 
     id: str
@@ -62,6 +64,7 @@ class ServerState:
     migration: MigrationTimeEstimator
     instances: list[Instance] = field(default_factory=list)
     io_free_at: float = 0.0
+    host_cache_bytes: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Allocation:
         migrations: to be done first.
         evictions: ids of idle instances to stop first.
         reuse: id of the idle instance that serves.
+        staged: the bytes go to host memory at once, while the migrations are done.
     """
 
     server: str
@@ -92,3 +96,4 @@ class Allocation:
     migrations: tuple[Migration, ...] = ()
     evictions: tuple[str, ...] = ()
     reuse: str | None = None
+    staged: bool = False

@@ -119,14 +119,21 @@ class StartupTimePolicy(_Base):
         models: all models by name.
         migration: whether instances may be moved.
         parallel_migrations: a plan takes as long as its longest migration; otherwise as long as their sum.
+        staging: while instances are moved away, the model's bytes already go to the server's host memory.
     """
 
     def __init__(
-        self, models: Mapping[str, ModelInfo], *, migration: bool = True, parallel_migrations: bool = True
+        self,
+        models: Mapping[str, ModelInfo],
+        *,
+        migration: bool = True,
+        parallel_migrations: bool = True,
+        staging: bool = False,
     ) -> None:
         super().__init__(models)
         self.migration = migration
         self.parallel_migrations = parallel_migrations
+        self.staging = staging
 
     def allocate(self, model: str, cluster: Sequence[ServerState], now: float) -> Allocation | None:
         """As :class:`Policy`."""
@@ -151,11 +158,13 @@ class StartupTimePolicy(_Base):
                 if score < best:
                     best, plan, chosen = score, (), number
             elif self.migration and cluster[number].num_gpus >= needed:
-                limit = (best[0] - loading[number], best[1], best[2], best[3] > number)
-                moved = search.run(number, model, needed - free[number], limit)
+                after = self._after_migrations(cluster[number], model, loading[number])
+                limit = (best[0] - after, best[1], best[2], best[3] > number)
+                least = loading[number] - after
+                moved = search.run(number, model, needed - free[number], limit, least)
                 if moved is not None:
                     longest, total, migrations = moved
-                    score = (loading[number] + longest, total, len(migrations), number)
+                    score = (after + longest, total, len(migrations), number)
                     if score < best:
                         best, plan, chosen = score, migrations, number
         if chosen < 0:
@@ -165,7 +174,18 @@ class StartupTimePolicy(_Base):
         left = [one for one in server.instances if one.id not in moved_gpus]
         view = ServerState(server.id, server.num_gpus, server.tiers, server.loading, server.migration, left)
         tier = server.tiers.get(model, "remote")
-        return Allocation(server.id, tier, best[0], plan, self._evictions(view, needed))
+        staged = bool(plan) and self._stages(server, model)
+        return Allocation(server.id, tier, best[0], plan, self._evictions(view, needed), staged=staged)
+
+    def _stages(self, server: ServerState, model: str) -> bool:
+        fits = self.models[model].num_bytes <= server.host_cache_bytes
+        return self.staging and fits and server.tiers.get(model, "remote") != "host"
+
+    def _after_migrations(self, server: ServerState, model: str, loading: float) -> float:
+        """What is left of loading when the migrations have ended, if they take long enough."""
+        if not self._stages(server, model):
+            return loading
+        return min(loading, server.loading.estimate(self.models[model].partition_bytes, "host"))
 
 
 class _VictimSearch:
@@ -182,9 +202,17 @@ class _VictimSearch:
         self._ranked: dict[str, list[tuple[float, int, bool]]] = {}
 
     def run(
-        self, server: int, model: str, shortage: int, limit: tuple[float, float, int, bool]
+        self,
+        server: int,
+        model: str,
+        shortage: int,
+        limit: tuple[float, float, int, bool],
+        least: float = 0.0,
     ) -> tuple[float, float, tuple[Migration, ...]] | None:
-        """(time, sum of times, migrations) better than ``limit``; None if there is none."""
+        """(time, sum of times, migrations) better than ``limit``; None if there is none.
+
+        A plan that takes less than ``least`` counts as one that takes so long: staging takes that time.
+        """
         policy, models = self._policy, self._policy.models
         victims = [
             one
@@ -218,7 +246,7 @@ class _VictimSearch:
 
         def visit(place: int, missing: int, longest: float, total: float) -> None:
             nonlocal best, best_key, found_key
-            time = longest if policy.parallel_migrations else total
+            time = max(least, longest if policy.parallel_migrations else total)
             if (time, total, len(chosen), 0) >= best_key:
                 return
             if missing <= 0:

@@ -99,7 +99,7 @@ def simulate(
     Waiting requests are tried in order of arrival whenever something is freed. After a load the model is in
     the server's host cache and on its disk. A migrated request pauses for the prefill of a gap of 16 tokens;
     its GPUs count as moved at once, and the new model's load starts when the longest migration of the plan
-    has ended.
+    has ended; a staged one starts at once, as far as host memory.
 
     Args:
         trace: requests; its models must be among ``models``.
@@ -202,6 +202,7 @@ class _Simulation:
                     dict.fromkeys(self.disks[number].models, "disk"),
                     LoadingTimeEstimator(spec.bandwidth, fixed_s=spec.load_fixed_s),
                     MigrationTimeEstimator(spec.prefill_s_per_token, spec.prefill_fixed_s),
+                    host_cache_bytes=spec.host_cache_bytes,
                 )
             )
         self.number_of = {state.id: number for number, state in enumerate(self.states)}
@@ -281,7 +282,12 @@ class _Simulation:
                 begin = max(begin, self.now + move.estimated_s)
             instance = self._add(name, number)
             duration = state.loading.estimate(self.models[name].partition_bytes, allocation.tier)
-            if allocation.tier != "host":
+            if allocation.staged:
+                staged_at = max(self.now, state.io_free_at) + duration
+                from_host = state.loading.estimate(self.models[name].partition_bytes, "host")
+                duration = max(staged_at - begin, from_host)
+                state.io_free_at = staged_at
+            elif allocation.tier != "host":
                 begin = max(begin, state.io_free_at)
                 state.io_free_at = begin + duration
             self._loaded(number, name)

@@ -105,10 +105,8 @@ class DirectCache:
         self._local = np.arange(store.num_experts) if expert_map is None else np.asarray(expert_map)
         self.num_experts = len(self._local)
         layers, experts = store.num_layers, self.num_experts
-        self.policy = make_policy(policy, layers, experts) if isinstance(policy, str) else policy
-        self._planner = VictimPlanner(
-            self.policy, num_slots=self.num_slots, own_slots=self.num_slots - host_slots
-        )
+        rule = make_policy(policy, layers, experts) if isinstance(policy, str) else policy
+        self._planner = VictimPlanner(rule, num_slots=self.num_slots, own_slots=self.num_slots - host_slots)
         self.counters = CacheStats()
         self.share: npt.NDArray[np.float64] | None = None
         self.views = store.layout.views(slabs)
@@ -134,6 +132,15 @@ class DirectCache:
         if host_slots:
             engine = copy_engine or CopyEngine(self.device)
             self._promoter = Promoter(self._r, self.record, host_slots, engine)
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        """The eviction policy; another one may take its place between steps."""
+        return self._planner.policy
+
+    @policy.setter
+    def policy(self, policy: EvictionPolicy) -> None:
+        self._planner.policy = policy
 
     @property
     def holds_all(self) -> bool:

@@ -28,6 +28,9 @@ class EAMTracer:
         self._choices: dict[str, int] = {}  # at the first layer
         self._first_key = np.arange(num_layers)[:, None] * num_experts
 
+    def __len__(self) -> int:
+        return len(self._matrices)
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._matrices
 

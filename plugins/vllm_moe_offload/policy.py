@@ -253,7 +253,8 @@ class ActivationAware(EvictionPolicy):
         else:
             probability = -np.expm1(-self._share[keys] * distinct)
         # The binary exponent: shares within a factor of two are one class.
-        by_share = np.clip(np.frexp(probability)[1] + _SHARE_CLASSES - 1, 0, _SHARE_CLASSES - 1)
+        exponent = np.frexp(probability)[1]
+        by_share = np.maximum(np.minimum(exponent, 0) + _SHARE_CLASSES - 1, 0)
         by_age = _AGE_CLASS[np.minimum(due - self._last_pass[keys], _AGE_CLASS.size - 1)]
         return by_share.astype(np.int64) * _AGE_CLASSES + by_age, probability
 

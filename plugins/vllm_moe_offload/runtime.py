@@ -197,6 +197,8 @@ class ModelOffload:
                 self._keep_all(layout, layers)
             else:
                 self._offload(layers, num_slots)
+        if self.publisher is not None:
+            self.publisher.publish(self._report())
 
     def begin_step(self, step: Step | None, finished: Iterable[str], restarted: Iterable[str]) -> None:
         """Before a forward pass, or in place of one (None), with what the scheduler says of requests."""
@@ -467,23 +469,27 @@ class ModelOffload:
         return report
 
     def _report(self) -> dict[str, int | float | str]:
-        report: dict[str, int | float | str] = dict(CacheStats().as_dict())
+        totals = CacheStats().as_dict()
         for cache in self.caches:
-            for name, value in cache.stats.items():
-                report[name] += value  # type: ignore[operator]
+            for name, value in vars(cache.counters).items():
+                totals[name] += value
             if isinstance(cache.store, TieredExpertStore):
-                report["bytes_disk_to_host"] += cache.store.bytes_from_disk  # type: ignore[operator]
+                totals["bytes_disk_to_host"] += cache.store.bytes_from_disk
+        live = len(self.estimators[0].tracer) if self.estimators else 0
+        return {**totals, **self._sizes, "live_requests": live}
+
+    @cached_property
+    def _sizes(self) -> dict[str, int | str]:
+        """What reports say of pools; to be asked for once these are there."""
         pools: list[Any] = [*(cache.store for cache in self.caches), *self.plain]
         shapes = [(pool.layout, pool.num_layers, pool.num_experts) for pool in pools]
         slots = sum(cache.num_slots for cache in self.caches)
         slots += sum(pool.num_layers * pool.num_experts for pool in self.plain)
-        report |= {
+        return {
             "num_slots": slots,
             "num_layers": sum(layers for _, layers, _ in shapes),
             "num_experts": max(experts for _, _, experts in shapes),
             "expert_nbytes": max(layout.expert_nbytes for layout, _, _ in shapes),
             "policy": self.config.policy,
             "prefetch": self._prefetching(),
-            "live_requests": len(self.estimators[0].tracer.live) if self.estimators else 0,
         }
-        return report

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class SlabLayout:
     fields: tuple[Field, ...]
     nbytes: int
 
-    @property
+    @cached_property
     def expert_nbytes(self) -> int:
         """Bytes of an expert's tensors, without padding."""
         return sum(field.nbytes for field in self.fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm_moe_offload.trace import RoutingTrace
 logger = logging.getLogger("vllm.moe_offload")
 
 _RPC = "moe_offload_call"
+_OFFLOAD = "_moe_offload"
 _INACTIVE = "moe_offload is not active in this engine; `vllm-moe-offload doctor` says why"
 
 
@@ -49,8 +51,8 @@ def install(vllm_config: Any) -> None:
 
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         offload = _offload_of_worker(self)
-        if offload is None:
-            return plain(self, scheduler_output, *args, **kwargs)
+        if offload is None or not offload.caches:
+            return plain(self, scheduler_output, *args, **kwargs)  # nothing to manage
         step = None
         if scheduler_output.total_num_scheduled_tokens > 0:
             step = _step_of(self.model_runner, scheduler_output, offload)
@@ -96,6 +98,7 @@ def _take_over(worker: Any) -> None:
     worker.model_runner.model_memory_usage += torch.cuda.memory_allocated(offload.device) - before
 
 
+@lru_cache(maxsize=4096)
 def external_id(internal: str) -> str:
     """The user's request id: vLLM appends a dash and eight random hex digits to it."""
     return re.sub(r"-[0-9a-f]{8}$", "", internal)
@@ -122,7 +125,13 @@ def _batch_of(runner: Any) -> Any:
 
 
 def _offload_of_worker(worker: Any) -> ModelOffload | None:
-    return vllm_layer.offload_of(worker.vllm_config)
+    known = getattr(worker, _OFFLOAD, None)  # found once the model is loaded
+    if known is not None:
+        return known
+    offload = vllm_layer.offload_of(worker.vllm_config)
+    if offload is not None:
+        setattr(worker, _OFFLOAD, offload)
+    return offload
 
 
 def _call(worker: Any, action: str) -> Any:

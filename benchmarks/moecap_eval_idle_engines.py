@@ -1,6 +1,6 @@
 """Do engines that wait for their turn slow down the one that works, as `compare.keep_alive` lets them?
 
-    python benchmarks/moecap_eval_idle_engines.py [--out DIR] [--repeats 24] [--engines 3]
+    python benchmarks/moecap_eval_idle_engines.py [--out DIR] [--repeats 16] [--engines 3]
 
 One engine on examples/tiny_moe answers the same block again and again, in turn beside idle engines in
 processes of their own and with these stopped (SIGSTOP), which leaves their memory where it is. A third arm
@@ -69,7 +69,7 @@ def processor_seconds(pid: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--repeats", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=16)
     parser.add_argument("--engines", type=int, default=3)
     arguments = parser.parse_args()
     workload, context = TextGeneration(), RunContext(SEED, Path(), load_hardware("cpu-reference"), PARAMS)

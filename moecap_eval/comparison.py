@@ -218,10 +218,19 @@ def _measure(records: Records, axis: Axis, baseline: str, arm: str) -> Row:
         found = estimate()
     except ValueError as error:
         return replace(row, reason=str(error))
-    reason = SINGLE_VALUE if found is not None and found.low is None else None
+    reason = _left_out(axis, found, len(both) * records.items_per_block)
+    if found is not None and found.low is None:
+        reason = SINGLE_VALUE
     if arm in records.failures:
         reason = f"arm failed after {len(both)} of {records.num_blocks} blocks: {records.failures[arm]}"
     return replace(row, estimate=found, reason=reason)
+
+
+def _left_out(axis: Axis, estimate: Estimate | None, items: int) -> str | None:
+    """Items without a score in one of the arms make no pair; it must be said, they may be the hard ones."""
+    if axis.kind != "accuracy" or axis.level != "item" or estimate is None or estimate.n == items:
+        return None
+    return f"{items - estimate.n} of {items} items have no score in one of the arms and are left out"
 
 
 def _single_ratio(row: Row, records: Records) -> Estimate | None:

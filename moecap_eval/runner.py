@@ -182,7 +182,7 @@ class _Run:
         if not missing:
             return
         self.created_s = records.created_s
-        self.environment = self._environment()
+        self.environment = dict(records.environment) or self._new_environment()
         self.meter = self._meter()
         with ExitStack() as stack:
             stack.callback(self._kill_all)
@@ -196,12 +196,8 @@ class _Run:
             self._close_unless(None)
         self.log.append([{"kind": "end", "failed": sorted(self.failed)}])
 
-    def _environment(self) -> dict[str, Any]:
-        """The stored environment, or a new one with the config beside it."""
-        path = self.folder / ENVIRONMENT_FILE
-        stored = dict(read_records(self.folder).environment)
-        if stored:
-            return stored
+    def _new_environment(self) -> dict[str, Any]:
+        """Describe the machine, measure its peaks if asked to, and store both with the config."""
         environment = collect_environment()
         environment["hardware"] = profile_json(self.profile)
         environment["peaks_used"] = self.config.hardware.peaks
@@ -212,7 +208,7 @@ class _Run:
                 environment["measured_peaks"] = measure_in_subprocess(self._device(), PEAK_SECONDS)
             except RuntimeError as error:
                 raise ValueError(f"{error}; set hardware.peaks: spec to use the profile's") from None
-        write_environment(path, environment)
+        write_environment(self.folder / ENVIRONMENT_FILE, environment)
         text = yaml.safe_dump(dict(self.config.content), sort_keys=False, allow_unicode=True)
         (self.folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         return environment

@@ -192,9 +192,12 @@ def _step_json(step: StepRecord) -> dict[str, Any]:
 
 
 def _to_json(value: Any) -> Any:
-    """NumPy and torch scalars as numbers, mappings and sequences as such, anything else as its text."""
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+    """NumPy's and torch's values as numbers, mappings and sequences as such, anything else as its text."""
+    count = value.numel() if hasattr(value, "numel") else getattr(value, "size", None)
+    if count == 1 and hasattr(value, "item"):
         return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence | set | frozenset) else str(value)

@@ -21,7 +21,7 @@ from moecap_eval.records import (
     Records,
     read_records,
 )
-from moecap_eval.report import money, sections
+from moecap_eval.report import axis_table, money, sections
 from moecap_eval.report.narrative import recommend, tell
 
 EMBED_UP_TO_BYTES = 8 * 2**20
@@ -44,6 +44,8 @@ def write_report(out_dir: str | Path, path: str | Path | None = None) -> Path:
     records = read_records(out_dir)
     target = Path(path) if path is not None else records.path / REPORT_FILE
     text = render_report(records, compare(records))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is not a folder: create it, or choose another -o")
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(target)
@@ -75,7 +77,7 @@ def _context(records: Records, comparison: Comparison) -> dict[str, Any]:
         "control": sections.control_sentence(comparison),
         "radar": sections.radar_figure(records, comparison),
         "forests": sections.forest_figures(records, comparison),
-        "axis_blocks": sections.axis_blocks(records, comparison),
+        "axis_blocks": axis_table.axis_blocks(records, comparison),
         "pareto": sections.pareto_figures(records, comparison),
         "accuracy": sections.accuracy_tasks(records, comparison),
         "utilisation": money.utilisation_tables(records, comparison),

@@ -1,4 +1,4 @@
-"""Numbers as text: three significant digits, units with decimal or binary prefixes, signed changes."""
+"""Numbers and verdicts as text: three significant digits, units with prefixes, signed changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from moecap_eval.stats import Effect, Estimate
 
 UNKNOWN = "not measured"
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}  # without colour
+PREFIXED = frozenset({"B", "B/s", "s"})  # units whose values carry a prefix
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from moecap_eval.axes import THROUGHPUT, USD_PER_MILLION
-from moecap_eval.comparison import SINGLE_VALUE, Comparison, Row
+from moecap_eval.comparison import Comparison
 from moecap_eval.config import AA_SUFFIX
-from moecap_eval.records import Records
+from moecap_eval.records import SCHEMA_VERSION, Records
 from moecap_eval.report import figures, radar
+from moecap_eval.report.axis_table import CONTROL
 from moecap_eval.report.narrative import improvement, title
-from moecap_eval.report.numbers import UNKNOWN, change, interval, p_value, quantity
+from moecap_eval.report.numbers import PREFIXED, UNKNOWN, change, interval, quantity
 from moecap_eval.stats import Effect, Estimate, wilson_interval, zone
-from moecap_eval.values import arm_value, binary_axes, effect_of, item_scores, missing_reason
+from moecap_eval.values import arm_value, binary_axes, effect_of, item_scores
 from moecap_eval.workload import Axis
 
 BASELINE_STYLE = 0
-CONTROL = "control (A/A)"
-KINDS = {"cost": "Cost", "accuracy": "Accuracy", "performance": "Performance"}
-MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
-_PREFIXED = {"B", "B/s", "s"}  # units whose values carry a prefix
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm's line under an axis."""
-
-    arm: str
-    value: str
-    change: str
-    interval: str
-    p_value: str
-    verdict: str
-    mark: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class AxisBlock:
-    """One axis of the comparison table."""
-
-    title: str
-    name: str
-    kind: str
-    note: str
-    headline: bool
-    unknown: str
-    cells: Sequence[Cell]
-    notes: Sequence[str]
 
 
 def styles(records: Records, comparison: Comparison) -> dict[str, int]:
@@ -61,37 +29,6 @@ def styles(records: Records, comparison: Comparison) -> dict[str, int]:
         comparison.baseline + AA_SUFFIX: BASELINE_STYLE,
         records.baseline + AA_SUFFIX: BASELINE_STYLE,
     }
-
-
-def axis_blocks(records: Records, comparison: Comparison) -> list[AxisBlock]:
-    """The comparison table, headline axes first."""
-    axes = sorted(
-        comparison.axes.values(), key=lambda axis: (not axis.headline, list(KINDS).index(axis.kind))
-    )
-    blocks = []
-    for axis in axes:
-        cells = [_baseline_cell(records, comparison, axis)]
-        cells += [_cell(row, axis) for row in comparison.rows if row.axis == axis.name]
-        if AA_SUFFIX not in comparison.baseline and axis.name in comparison.aa_control:
-            cells.append(_control_cell(comparison, axis))
-        relative = axis.kind != "accuracy"
-        margin = f"±{100 * axis.margin:g}\u00a0%" if relative else f"±{axis.margin:g}"
-        note = f"{axis.unit}; {axis.better} is better; margin {margin}"
-        reasons = {cell.reason for cell in cells if cell.verdict}
-        nowhere = all(cell.value == UNKNOWN for cell in cells) and len(reasons) == 1
-        blocks.append(
-            AxisBlock(
-                title(axis.name),
-                axis.name,
-                KINDS[axis.kind],
-                note,
-                axis.headline,
-                reasons.pop() if nowhere else "",
-                [] if nowhere else cells,
-                [] if nowhere else _notes(cells),
-            )
-        )
-    return blocks
 
 
 def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | None:
@@ -108,7 +45,7 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
     titles = [title(axis.name) for axis in axes]
     return {
         "titles": titles,
-        "units": ["" if axis.unit in _PREFIXED else axis.unit for axis in axes],
+        "units": ["" if axis.unit in PREFIXED else axis.unit for axis in axes],
         "spokes": radar.spokes(titles),
         "rings": radar.rings(len(axes)),
         "centre": radar.CENTRE,
@@ -132,7 +69,7 @@ def radar_figure(records: Records, comparison: Comparison) -> dict[str, Any] | N
 
 def _legend_value(value: float | None, axis: Axis) -> str:
     """With a unit where that has prefixes; the others have theirs in the head of the column."""
-    return quantity(value, axis.unit if axis.unit in _PREFIXED else "")
+    return quantity(value, axis.unit if axis.unit in PREFIXED else "")
 
 
 def forest_figures(records: Records, comparison: Comparison) -> list[str]:
@@ -325,63 +262,11 @@ def signature(records: Records) -> str:
         f"blocks {records.num_blocks}x{records.items_per_block}",
         f"baseline {compare['baseline']}",
         f"confidence {compare['confidence']:g}",
-        f"schema v{1}",
+        f"schema v{SCHEMA_VERSION}",
         *(f"{name} {version}" for name, version in packages),
         f"commit {records.environment.get('git_commit') or 'unknown'}",
     ]
     return " | ".join(parts)
-
-
-def _notes(cells: Sequence[Cell]) -> list[str]:
-    """Reasons below an axis, each once, with the arms they hold for."""
-    arms: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.reason:
-            arms.setdefault(cell.reason, []).append(cell.arm)
-    return [f"{', '.join(names)}: {reason}" for reason, names in arms.items()]
-
-
-def _baseline_cell(records: Records, comparison: Comparison, axis: Axis) -> Cell:
-    value = arm_value(records, comparison.baseline, axis)
-    reason = missing_reason(records, comparison.baseline, axis) if value is None else ""
-    return Cell(comparison.baseline, quantity(value, _short(axis)), "", "", "", "baseline", "", reason)
-
-
-def _control_cell(comparison: Comparison, axis: Axis) -> Cell:
-    estimate = comparison.aa_control[axis.name]
-    effect = effect_of(axis)
-    return Cell(CONTROL, "", change(estimate.value, effect), interval(estimate, effect), "", "", "", "")
-
-
-def _cell(row: Row, axis: Axis) -> Cell:
-    estimate = row.estimate
-    tested = estimate is not None and estimate.low is not None
-    p = None if estimate is None else (estimate.p_value if row.adjusted_p is None else row.adjusted_p)
-    return Cell(
-        arm=row.arm,
-        value=quantity(row.value, _short(axis)),
-        change=change(estimate.value, row.effect) if estimate else "",
-        interval=interval(estimate, row.effect) if estimate else "",
-        p_value=p_value(p) if tested else "",
-        verdict=row.verdict if tested else _untested(row),
-        mark=MARKS[row.verdict] if tested else "",
-        reason=""
-        if row.reason in (None, SINGLE_VALUE) or _untested(row) == "no baseline"
-        else str(row.reason),
-    )
-
-
-def _untested(row: Row) -> str:
-    if row.estimate is not None:
-        return "not tested"
-    return "unknown" if row.value is None else "no baseline"
-
-
-def _short(axis: Axis) -> str:
-    """The unit beside a value; the axis's heading has the full one."""
-    if axis.unit.startswith("USD"):
-        return "USD"
-    return axis.unit if len(axis.unit) <= 9 and axis.unit != "1" else ""
 
 
 def _mark(label: str, estimate: Estimate, effect: Effect, axis: Axis, style: int) -> figures.Mark:

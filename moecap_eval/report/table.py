@@ -11,14 +11,22 @@ from rich.table import Table
 
 from moecap_eval.comparison import Comparison, Row
 from moecap_eval.report.narrative import recommend, tell
-from moecap_eval.report.numbers import byte_size, change, interval, number, p_value, quantity
+from moecap_eval.report.numbers import (
+    MARKS,
+    PREFIXED,
+    byte_size,
+    change,
+    interval,
+    number,
+    p_value,
+    quantity,
+)
 
 if TYPE_CHECKING:
     from moecap_eval.plan import PlanRow
 
 COLUMNS = ("axis", "arm", "baseline", "value", "unit", "change", "interval", "p", "verdict")
 UNKNOWN_CELL = "–"
-MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "inconclusive": "?", "noisy": "~"}
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -69,7 +77,7 @@ def plan_text(rows: Sequence[PlanRow], *, s_mbu: float, s_mfu: float) -> str:
             row.profile,
             "yes" if row.meets else "no",
             row.limit,
-            UNKNOWN_CELL if row.tpot_s is None else f"{1e3 * row.tpot_s:.3g} ms",
+            UNKNOWN_CELL if row.tpot_s is None else quantity(row.tpot_s, "s"),
             f"{byte_size(row.resident_bytes)} / {byte_size(row.memory_bytes)}",
             UNKNOWN_CELL if row.usd_per_million is None else number(row.usd_per_million),
         )
@@ -104,11 +112,12 @@ def _cells(comparison: Comparison, row: Row, *, show_axis: bool = True) -> list[
     axis = comparison.axes[row.axis]
     estimate = row.estimate
     tested = estimate is not None and estimate.low is not None
+    unit = axis.unit if axis.unit in PREFIXED else ""  # the others stand in a column of their own
     return [
         row.axis if show_axis else "",
         row.arm,
-        number(row.baseline_value),
-        number(row.value),
+        quantity(row.baseline_value, unit),
+        quantity(row.value, unit),
         axis.unit,
         change(estimate.value, row.effect) if estimate else "",
         interval(estimate, row.effect) if estimate else "",

@@ -259,3 +259,18 @@ def test_text_has_every_arm_and_no_colour(tmp_path):
     assert "\x1b" not in text
     assert "fast" in text
     assert "throughput" in text
+
+
+def test_items_without_a_score_are_named(tmp_path):
+    """Two of the candidate's items have no score: they make no pair, and the row says so."""
+    same = {"wall": [1, 1, 1, 1], "usd": 1.0}
+    write_run(tmp_path / "a", {"plain": same, "fast": same})
+    records = tmp_path / "a" / "records.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    of_fast = [line for line in lines if line["kind"] == "sample" and line["arm"] == "fast"]
+    for line in of_fast[:2]:
+        line["values"]["exact_match"] = None
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = compare(tmp_path / "a").row("exact_match", "fast")
+    assert row.estimate.n == 6
+    assert row.reason == "2 of 8 items have no score in one of the arms and are left out"

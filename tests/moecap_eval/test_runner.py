@@ -30,6 +30,7 @@ from moecap_eval import (
     run,
 )
 from moecap_eval.records import check_item_ids
+from moecap_eval.worker import _to_json
 from moecap_eval.workloads.synthetic import SyntheticWorkload
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -347,3 +348,16 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     first.wait()
     assert second.returncode == 2
     assert "is in use by another run" in second.stderr
+
+
+def test_values_of_numpy_and_torch_reach_the_records_as_numbers():
+    numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    detail = {
+        "a": torch.tensor(3.5),
+        "b": numpy.int64(2),
+        "c": torch.tensor([1, 2]),
+        "d": Path("x"),
+        "e": {4},
+    }
+    text = json.dumps(detail, default=_to_json)
+    assert json.loads(text) == {"a": 3.5, "b": 2, "c": [1, 2], "d": "x", "e": [4]}

@@ -16,6 +16,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tarfile
@@ -52,6 +53,7 @@ QUOTED = (
 FUSED = {"nerfacto": "hash entries", "splatfacto": "exact"}
 # Seconds kept at the end of the budget for timing on the quiet machine.
 TIMING = 28.0
+COLUMNS = 6  # of a sheet
 
 
 def trace_scene(folder: Path, seed: int, options: argparse.Namespace, workers: int) -> None:
@@ -86,6 +88,9 @@ def work_through(jobs: list[Any], cursor: Any, gpu: str | None, timing: bool) ->
             except Exception as error:  # the other jobs go on
                 traceback.print_exc(file=log)
                 print(f"{job.name} FAILED: {error!r}"[:300], flush=True)
+                if "CUDA" in repr(error):  # every later call of this process would fail: a new one goes on
+                    log.flush()
+                    os._exit(1)
         gc.collect()
         if job.device == "cuda":
             torch.cuda.empty_cache()
@@ -236,35 +241,39 @@ def fuse(work: Path, names: list[str]) -> dict[str, float] | None:
 
 
 def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tuple[str, ...] = ()) -> None:
-    """Truth, image, error and sigmas, a row a model; ``keep`` names the sigmas to show, all if empty."""
+    """Truth, image, error and sigmas, model after model; ``keep`` names those to show, else all but noise."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    wanted = lambda name: not keep or not name.startswith("sigma") or name in keep  # noqa: E731
-    shown = {kind: {name: m for name, m in found.items() if wanted(name)} for kind, found in maps.items()}
-    columns = max(len(found) for found in shown.values())
-    size = (1.5 * columns, 2.15 * len(shown))
-    figure, axes = plt.subplots(len(shown), columns, figsize=size, squeeze=False)
+    panels: list[list[tuple[str, NDArray[np.float32]]]] = []
+    for kind, found in maps.items():
+        shown = []
+        for name, panel in found.items():
+            if name == "sigma: random" or (keep and name.startswith("sigma") and name not in keep):
+                continue
+            title = kind if name == "image" else name.replace("sigma: ", "\u03c3: ")
+            shown.append((title, panel.astype(np.float32)))
+        panels += [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
+    size = (1.75 * COLUMNS, 2.05 * len(panels))
+    figure, axes = plt.subplots(len(panels), COLUMNS, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for row, (kind, found) in zip(axes, shown.items(), strict=True):
-        for axis, (name, panel) in zip(row, found.items(), strict=False):
-            values = panel.astype(np.float32)
-            title = kind if name == "image" else name.replace("sigma: ", "\u03c3 ")
-            axis.set_title(textwrap.fill(title, 19), fontsize=6.5)
+    for row, line in zip(axes, panels, strict=True):
+        for axis, (title, values) in zip(row, line, strict=False):
+            axis.set_title(textwrap.fill(title, 24), fontsize=7)
             if values.ndim == 3:
                 axis.imshow(values.clip(0, 1))
             else:
                 top = max(float(np.quantile(values, 0.995)), 1e-6)
-                axis.imshow(values, cmap="magma" if name == "error" else "viridis", vmin=0, vmax=top)
-    figure.tight_layout(pad=0.3)
+                axis.imshow(values, cmap="magma" if title == "error" else "viridis", vmin=0, vmax=top)
+    figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def collect(options: argparse.Namespace, started: float, *, pictures: bool = True) -> dict[str, Any]:
+def collect(options: argparse.Namespace, started: float) -> dict[str, Any]:
     """Put together what the jobs have written so far, and write the result, and pictures and maps."""
     work, out = options.work, options.out
     results: dict[str, Any] = {}
@@ -284,13 +293,13 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
             trained = [json.loads(p.read_text()) for p in sorted(work.glob(f"{kind}{scene}_[0-9].json"))]
             found["training_seconds"] = [member["training_seconds"] for member in trained]
             results[f"scene {scene}, {kind}"], sheet[kind] = found, maps
-        if sheet and pictures:
+        if sheet:
             sets = {
                 "nerfacto and splatfacto": [f"{kind}{scene}_0" for kind in KINDS],
                 "splatfacto members": [f"splatfacto{scene}_{member}" for member in range(options.members)],
             }
             fused[f"scene {scene}"] = {what: fuse(work, names) for what, names in sets.items()}
-        if sheet and pictures:
+        if sheet:
             draw(out / f"{NAME}_{scene}.png", sheet)
             flat = {f"{kind}|{name}": m for kind, maps in sheet.items() for name, m in maps.items()}
             halves = {name: m.astype(np.float16) for name, m in flat.items()}
@@ -312,11 +321,15 @@ def collect(options: argparse.Namespace, started: float, *, pictures: bool = Tru
         seconds=time.time() - started,
         note="training ran in parallel on shared GPUs: its seconds are an upper bound; samples ran alone",
     )
-    with tarfile.open(out / f"{NAME}.tar", "w") as tar:
-        for path in sorted(out.glob(f"{NAME}*")):
-            if path.suffix != ".tar":
-                tar.add(path, path.name)
+    files = [path for path in sorted(out.glob(f"{NAME}*")) if path.suffix != ".tar"]
+    _save(out / f"{NAME}.tar", lambda path: _pack(path, files))
     return results
+
+
+def _pack(path: Path, files: list[Path]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for file in files:
+            tar.add(file, file.name)
 
 
 def headlines(
@@ -392,27 +405,31 @@ def run_all(options: argparse.Namespace, started: float) -> None:
         cursor = context.Value("i", 0)
         # A process finds the lock by name once it is up: it must outlive this call.
         cursors.append(cursor)
-        found = [
-            context.Process(target=work_through, args=(todo, cursor, gpus[i % len(gpus)], timing))
-            for i in range(count)
-        ]
-        for process in found:
-            process.start()
-        return found
+        return [launch(todo, cursor, i, timing) for i in range(count)]
+
+    def launch(todo: list[Any], cursor: Any, place: int, timing: bool = False) -> Any:
+        process = context.Process(target=work_through, args=(todo, cursor, gpus[place % len(gpus)], timing))
+        process.start()
+        return process
 
     running = start(jobs, options.jobs)
     told: set[str] = set()
     collected = started
     while any(process.is_alive() for process in running) and time.time() < started + options.budget - TIMING:
         time.sleep(0.3)
+        for place, process in enumerate(running):
+            if process.exitcode not in (None, 0) and cursors[0].value < len(jobs):
+                running[place] = launch(jobs, cursors[0], place)
         done = {job.name for job in jobs if (options.work / f"{job.name}.json").exists()} - told
         for name in sorted(done):
             print(f"{time.time() - started:.0f} s: {name}", flush=True)
         told |= done
         if done and time.time() > collected + 15:
-            collect(options, started, pictures=False)
+            collect(options, started)
             collected = time.time()
     _end(running)
+    if not options.budget:
+        return
     firsts = [job for job in jobs if job.scene == options.scenes[0] and job.member == 0]
     trained = [job for job in firsts if (options.work / f"{job.name}.pt").exists()]
     timed = start(trained, 1, timing=True)
@@ -451,6 +468,8 @@ def main() -> int:
     parser.add_argument("--keep", nargs="+", default=[], help="arms on the sheets that --draw makes")
     options = parser.parse_args()
     started = time.time()
+    # Told to stop, it writes once more what there is.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(options, "budget", 0.0))
     # Processes are forked after their imports: the driver must not have been started by then.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # splatfacto compiles a few lines of camera algebra, which takes longer than it saves here.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import FeatureStore, TensorAttr
 
+from pyg_quiver.host_memory import empty_on_host
 from pyg_quiver.placement import DISK, HOST, PlacementPlan
-from tiered_memory.arena import PinnedArena
 from tiered_memory.gather import SOURCE_SHIFT, gather_rows, row_code
 from tiered_memory.probe import measure_bandwidth
 
@@ -180,11 +180,11 @@ class QuiverFeatureStore(FeatureStore):
 
     def _host_table(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.device.type != "cuda":
-            return torch.empty(tuple(shape), dtype=dtype)
-        arena = PinnedArena(max(int(np.prod(shape)) * dtype.itemsize, 1))
-        if not arena.pinned:
+            return empty_on_host(shape, dtype)
+        table = empty_on_host(shape, dtype, pinned=None)
+        if not table.is_pinned():
             _warn_pageable(self.device)
-        return arena.empty(tuple(shape), dtype)
+        return table
 
     def _table(self, place: int, key: tuple[Any, str], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if place == HOST:
@@ -192,7 +192,7 @@ class QuiverFeatureStore(FeatureStore):
         if place == DISK:
             return self._disk_table(key, shape, dtype)
         if self.device.type != "cuda":
-            return torch.empty(tuple(shape), dtype=dtype)
+            return empty_on_host(shape, dtype)
         device = self.device if place == self._reader else torch.device("cuda", place)
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 

@@ -135,7 +135,15 @@ def calibrate(
         batch_sizes: seeds of a batch.
         repeats: batches of each size.
         seed: of the batches.
+
+    Raises:
+        ValueError: nothing to time.
     """
+    if not samplers or not batch_sizes or repeats < 1:
+        raise ValueError(
+            f"calibrate needs samplers, batch sizes and at least 1 repeat; got {len(samplers)} samplers, "
+            f"{len(batch_sizes)} sizes and repeats={repeats}"
+        )
     first = next(iter(samplers.values()))
     sizes = first.psgs()
     num_nodes = sizes.numel()

@@ -116,6 +116,8 @@ class QuiverSampler(BaseSampler):
 
     @num_neighbors.setter
     def num_neighbors(self, value: NumNeighbors | Sequence[int] | dict[EdgeType, list[int]]) -> None:
+        if isinstance(value, (int, str)):
+            raise TypeError(f"num_neighbors is {value!r}; it must give a number for each hop, as [15, 10, 5]")
         numbers = value if isinstance(value, NumNeighbors) else NumNeighbors(value)
         _check_fanouts(numbers.values)
         self._num_neighbors = numbers

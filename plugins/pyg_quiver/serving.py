@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import operator
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class EngineOverloaded(RuntimeError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a caller in another process: an exception is otherwise made again from its message alone."""
+        return type(self), (*self.args, self.retry_after_s)
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,8 @@ class InferenceEngine:
         node = node.long()
         if deadline_ms is not None and deadline_ms < 0:
             raise ValueError(f"deadline_ms is {deadline_ms}; it must not be negative")
-        request_id = None if request_id is None else operator.index(request_id)
+        if request_id is not None and not isinstance(request_id, Integral):
+            raise TypeError(f"request_id is {request_id!r}; it must be an integer: draws are made from it")
         psgs = float(setup.psgs[node].sum())
         limit = self._deadline_s if deadline_ms is None else deadline_ms / 1e3
         now = time.perf_counter()
@@ -218,7 +223,7 @@ class InferenceEngine:
             number = next(self._number)
             request = _Request(
                 float("inf") if limit is None else now + limit, number,
-                number if request_id is None else request_id, node, psgs, now, Future(),
+                number if request_id is None else int(request_id), node, psgs, now, Future(),
             )  # fmt: skip
             self._accepted += 1
             self._queue.append(request)

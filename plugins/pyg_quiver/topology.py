@@ -13,6 +13,8 @@ from torch import Tensor
 from torch_geometric.data import Data, EdgeAttr, FeatureStore, GraphStore, HeteroData
 from torch_geometric.data.graph_store import EdgeLayout
 
+from pyg_quiver.host_memory import empty_on_host
+
 _FORMAT = "pyg_quiver.topology/1"
 _FINGERPRINT_SAMPLES = 1 << 20
 
@@ -82,9 +84,11 @@ class CSCTopology(GraphStore):
         else:
             by_order = torch.argsort(order, stable=True)
             permutation = by_order[torch.argsort(target[by_order], stable=True)]
-        colptr = torch.zeros(targets + 1, dtype=torch.int64, device=target.device)
+        colptr = _empty((targets + 1,), torch.int64, target.device)
+        colptr[:1] = 0
         torch.cumsum(torch.bincount(target, minlength=targets), 0, out=colptr[1:])
-        row = source[permutation].to(index_dtype or torch.int64)
+        row = _empty((permutation.numel(),), index_dtype or torch.int64, target.device)
+        row.copy_(source[permutation])
         return cls(colptr, row, edge_permutation=permutation, num_src_nodes=sources)
 
     def sorted_by(self, node_value: Tensor) -> CSCTopology:
@@ -93,9 +97,9 @@ class CSCTopology(GraphStore):
         by_value = torch.argsort(node_value.to(self.device)[self.row.long()], stable=True)
         order = by_value[torch.argsort(target[by_value], stable=True)]
         permutation = order if self.edge_permutation is None else self.edge_permutation[order]
-        return CSCTopology(
-            self.colptr, self.row[order], edge_permutation=permutation, num_src_nodes=self.num_src_nodes
-        )
+        row = _empty((order.numel(),), self.row.dtype, self.device)
+        torch.index_select(self.row, 0, order, out=row)
+        return CSCTopology(self.colptr, row, edge_permutation=permutation, num_src_nodes=self.num_src_nodes)
 
     @staticmethod
     def from_data(
@@ -239,6 +243,12 @@ class CSCTopology(GraphStore):
 
     def __repr__(self) -> str:
         return f"CSCTopology(num_nodes={self.num_nodes}, num_edges={self.num_edges}, device='{self.device}')"
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return empty_on_host(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _check(colptr: Tensor, row: Tensor, permutation: Tensor | None, num_src_nodes: int) -> None:

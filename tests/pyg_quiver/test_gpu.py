@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -94,9 +93,10 @@ def test_qv01_loader_on_the_gpu_gives_the_batches_of_the_cpu(topology):
 
 
 def test_qv09_rows_that_cannot_be_pinned_are_read_and_reported(monkeypatch):
-    from pyg_quiver import feature_store
+    from pyg_quiver import host_memory
+    from tiered_memory import PinnedArena
 
-    monkeypatch.setattr(feature_store, "PinnedArena", partial(feature_store.PinnedArena, pinned=False))
+    monkeypatch.setattr(host_memory, "PinnedArena", lambda nbytes, **_: PinnedArena(nbytes, pinned=False))
     x = torch.randn(5000, 16)
     store = QuiverFeatureStore("cuda")
     with pytest.warns(RuntimeWarning, match=r"pageable memory: .* run at [0-9.]+ GB/s"):

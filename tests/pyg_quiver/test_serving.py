@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -115,6 +116,8 @@ def test_qv10_calibrate_and_stale_profiles(tmp_path, topology, sampler):
 
     with pytest.raises(ValueError, match=r"calibrated for cpu\.graph="):
         loaded.require(calibration_context({"cpu": other}))
+    with pytest.raises(ValueError, match="got 0 samplers, 11 sizes and repeats=30"):
+        calibrate({})
 
 
 def simulate(router, cost, arrivals, work):
@@ -474,7 +477,7 @@ def test_engine_refuses_what_it_could_not_answer(model, features, topology, samp
             ValueError, match=r"node is torch.float32 \(1,\); it must be one or more node ids"
         ):
             engine.submit(torch.tensor([1.5]))
-        with pytest.raises(TypeError, match="integer"):
+        with pytest.raises(TypeError, match="request_id is 'first'; it must be an integer"):
             engine.submit(torch.tensor([1]), request_id="first")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="deadline_ms is -3"):
             engine.submit(torch.tensor([1]), deadline_ms=-3)
@@ -488,7 +491,16 @@ def test_engine_refuses_what_it_could_not_answer(model, features, topology, samp
         PlacementPlan.load(other)
 
 
+def test_qv11_a_refusal_reaches_a_caller_in_another_process():
+    refused = pickle.loads(pickle.dumps(EngineOverloaded("3 requests are waiting", 0.25)))
+    assert str(refused) == "3 requests are waiting"
+    assert refused.retry_after_s == 0.25
+
+
 def test_sampler_refuses_bad_fanouts_and_nodes(topology):
+    for value in (15, "15"):
+        with pytest.raises(TypeError, match=r"it must give a number for each hop, as \[15, 10, 5\]"):
+            QuiverSampler(topology, value)
     for fanouts, message in (([3, -2], r"num_neighbors\[1\] is -2"), (["a"], r"num_neighbors\[0\] is 'a'")):
         with pytest.raises(ValueError, match=message):
             QuiverSampler(topology, fanouts)

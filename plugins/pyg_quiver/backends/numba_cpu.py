@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyg_quiver.backends import numba_kernels as kernels
 from pyg_quiver.backends.contract import Draws, Frontier, Graph, Sampled
@@ -36,7 +37,18 @@ def dense_map(num_nodes: int) -> np.ndarray:
     return maps[num_nodes]
 
 
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _arrays(graph: Graph) -> kernels.GraphArrays:
+    """The graph as arrays; kept, since making them takes a tenth of a small batch."""
+    arrays = _known.get(graph)
+    if arrays is None:
+        arrays = _known[graph] = _as_arrays(graph)
+    return arrays
+
+
+def _as_arrays(graph: Graph) -> kernels.GraphArrays:
     return kernels.GraphArrays(
         graph.colptr.numpy(),
         graph.row.numpy(),

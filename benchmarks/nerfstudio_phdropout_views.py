@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,6 @@ from nerfstudio_phdropout import (  # noqa: E402
     unknown_background_std,
     view_score,
 )
-from nerfstudio_phdropout.nerfstudio_models import _ssim  # noqa: E402
 from nerfstudio_phdropout.synthetic import CAMERA_ANGLE, camera_to_world, make_solids, trace  # noqa: E402
 
 NAME = "nerfstudio_phdropout_views"
@@ -147,6 +147,13 @@ def lens(views: Capture) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def similarity(image: Tensor, target: Tensor) -> float:
+    """SSIM of two ``[H, W, 3]``."""
+    return float(
+        structural_similarity(image.clamp(0, 1).numpy(), target.numpy(), channel_axis=-1, data_range=1.0)
+    )
+
+
 @torch.no_grad()
 def sigmas_of(model: Splats, seen: Capture, views: Capture) -> tuple[Tensor, dict[str, Tensor], float]:
     """Plain images and sigmas ``[V, H, W, 3]`` of ``views``, and the ratio: it costs 5 % of training PSNR."""
@@ -178,7 +185,7 @@ def fuse_models(
     found = [sigmas_of(model, s, test) for model, s in zip(trained, seen, strict=True)]
     images, target = torch.stack([f[0] for f in found]), test.images
     error = lambda image: float(((image - target) ** 2).mean())  # noqa: E731
-    ssim = [[_ssim(image[v].clamp(0, 1), target[v]) for image in images] for v in range(views)]
+    ssim = [[similarity(image[v], target[v]) for image in images] for v in range(views)]
     result: dict[str, Any] = {
         "models": [error(image) for image in images],
         "plain mean": error(images.mean(0)),
@@ -304,9 +311,9 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seeds", type=int, default=2, help="runs of each rule and scene")
     parser.add_argument("--models", type=int, default=5)
-    parser.add_argument("--resolution", type=int, default=40)
-    parser.add_argument("--gaussians", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--gaussians", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/nerfstudio_phdropout_fusion.png")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.kernels import remap_expert_ids
-from vllm_moe_offload.runtime import LayerHandle, ModelOffload
+from vllm_moe_offload.pools import LayerHandle
+from vllm_moe_offload.runtime import ModelOffload
 
 
 class CopyServing:

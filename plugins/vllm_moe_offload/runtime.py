@@ -1,4 +1,4 @@
-"""What one engine's layers share: options, pools of slots, the current step. No framework in here.
+"""What one engine's layers share: options, pools of slots (``pools.py``), the current step. No framework.
 
 Layers announce themselves while the model is built (``announce``), hand over their experts once these are
 loaded (``take_over``), and then ask their pool for experts at every forward pass (``caches``). A pool is
@@ -9,9 +9,8 @@ slot there is nothing to manage, and the layer stays vLLM's own.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,107 +19,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from vllm_moe_offload.cache import ExpertCache
-from vllm_moe_offload.config import GIB, MoEOffloadConfig
+from vllm_moe_offload.config import MoEOffloadConfig
 from vllm_moe_offload.counters import CacheStats
 from vllm_moe_offload.direct import DirectCache, StepReport
-from vllm_moe_offload.disk_store import DiskExpertStore, TieredExpertStore
+from vllm_moe_offload.disk_store import TieredExpertStore
 from vllm_moe_offload.eam import EAMCollection
 from vllm_moe_offload.live import LivePublisher
-from vllm_moe_offload.predictor import GatePredictor
+from vllm_moe_offload.pools import LayerHandle, PlainPool, PoolMaker, alike, keep_all, slots_of
 from vllm_moe_offload.shares import ShareEstimator
-from vllm_moe_offload.store import ExpertStore, HostExpertStore, SlabLayout
+from vllm_moe_offload.steps import Ended, Step, StepNote
 from vllm_moe_offload.trace import RoutingTrace, TraceRecorder
 
-logger = logging.getLogger("vllm.moe_offload")
 _KEPT_REQUESTS = 1024
-
-
-@dataclass
-class LayerHandle:
-    """One MoE layer of the model.
-
-    Attributes:
-        name: its name in the model.
-        num_experts: experts it holds.
-        top_k: experts of each token.
-        tensors: gives the layer's expert tensors, ``[experts, ...]`` each.
-        replace: puts other tensors in their place, by name.
-        expert_map: under expert parallelism, for each expert of the model its index here, or -1.
-        predictor: names the layer's experts ahead of its turn, where the options ask for it.
-        following: the next layer, if it is of the same pool.
-        pool: index of its pool; set by :meth:`ModelOffload.take_over`. -1: all its experts are on the device.
-        index: its place among the layers of its pool.
-    """
-
-    name: str
-    num_experts: int
-    top_k: int
-    tensors: Callable[[], Mapping[str, Tensor]]
-    replace: Callable[[Mapping[str, Tensor]], None]
-    expert_map: tuple[int, ...] | None = None
-    predictor: GatePredictor | None = None
-    following: LayerHandle | None = None
-    pool: int = -1
-    index: int = -1
-
-
-Rows = list[tuple[str, slice]]
-
-
-@dataclass
-class Step:
-    """A forward pass over scheduled tokens; dummy and profiling passes have none.
-
-    Attributes:
-        num_tokens: rows that are tokens; later rows are padding.
-        number: steps before it.
-        requests: gives ``(request, tokens)`` in order of rows, once the batch is laid out; empty where that
-            is not known for this model runner.
-        traced: pools whose estimator knows of the step.
-    """
-
-    num_tokens: int
-    number: int
-    requests: Callable[[], list[tuple[str, int]]]
-    traced: set[int] = field(default_factory=set)
-
-    @cached_property
-    def rows(self) -> Rows:
-        """The rows of each request; to be read when the step's batch is laid out, before the next one is."""
-        rows, start = [], 0
-        for request, tokens in self.requests():
-            rows.append((request, slice(start, start + tokens)))
-            start += tokens
-        return rows
-
-
-@dataclass
-class Ended:
-    """Requests that ended, and those that lost their cache and will be computed anew from the first token."""
-
-    finished: list[str] = field(default_factory=list)
-    restarted: list[str] = field(default_factory=list)
-
-
-@dataclass
-class StepNote:
-    """What the host knows of a launched step: requests that ended before it, rows of those in it."""
-
-    number: int
-    ended: Ended
-    rows: Rows
-
-
-@dataclass
-class PlainPool:
-    """Layers of one shape whose experts are all on the device."""
-
-    layout: SlabLayout
-    num_layers: int
-    num_experts: int
 
 
 @dataclass
@@ -177,24 +89,10 @@ class ModelOffload:
         """
         if self.caches or self.plain:
             return
-        groups: dict[tuple[SlabLayout, int, tuple[int, ...] | None], list[LayerHandle]] = {}
-        for layer in self.layers:
-            layout = SlabLayout.from_tensors(layer.tensors())
-            groups.setdefault((layout, layer.num_experts, layer.expert_map), []).append(layer)
-        experts_nbytes = sum(
-            layout.expert_nbytes * experts * len(layers) for (layout, experts, _), layers in groups.items()
-        )
-        for (layout, experts, _), layers in groups.items():
-            config = self.config
-            if config.cache_size is not None and len(groups) > 1:
-                # Each shape of layer gets the share of the budget that it has of the experts.
-                share = layout.expert_nbytes * experts * len(layers) / experts_nbytes
-                config = MoEOffloadConfig(cache_size=max(int(config.cache_size * share), 1))
-            num_slots = config.num_slots(
-                len(layers), experts, max(layer.top_k for layer in layers), layout.expert_nbytes
-            )
-            if num_slots == experts * len(layers) and not self.config.record_trace:
-                self._keep_all(layout, layers)
+        groups = alike(self.layers)
+        for (layout, layers), num_slots in zip(groups, slots_of(self.config, groups), strict=True):
+            if num_slots == layers[0].num_experts * len(layers) and not self.config.record_trace:
+                self.plain.append(keep_all(layout, layers, self.device))
             else:
                 self._offload(layers, num_slots)
         if self.publisher is not None:
@@ -312,118 +210,27 @@ class ModelOffload:
         self.learn(wait=True)
         return self.recorder.collect()
 
-    def _keep_all(self, layout: SlabLayout, layers: list[LayerHandle]) -> None:
-        for layer in layers:
-            layer.replace({name: tensor.to(self.device) for name, tensor in layer.tensors().items()})
-        pool = PlainPool(layout, len(layers), layers[0].num_experts)
-        self.plain.append(pool)
-        total = pool.num_layers * pool.num_experts
-        logger.info(
-            "moe_offload: %d layers x %d experts, all %d (%.2f GiB) have a slot: plain vLLM",
-            pool.num_layers,
-            pool.num_experts,
-            total,
-            total * layout.expert_nbytes / GIB,
-        )
-
     def _offload(self, layers: list[LayerHandle], num_slots: int) -> None:
-        """Move the experts of layers of one shape into a store and give the layers a pool of slots."""
-        layout = SlabLayout.from_tensors(layers[0].tensors())
-        slabs = None
-        if self.direct:
-            slabs = torch.empty(num_slots, layout.nbytes, dtype=torch.uint8, device=self.device)
-        store: ExpertStore
-        if self.config.disk_path is None:
-            store = self._host_store(layers, slabs)
-        else:
-            store = self._disk_store(layers, self.config.disk_path)
-        cache = self._make_cache(store, num_slots, slabs, layers)
+        pool = len(self.caches)
+        maker = PoolMaker(
+            self.config,
+            self.device,
+            self.direct,
+            self.max_tokens,
+            self.model_id,
+            self.rank,
+            self.num_ranks,
+            pool,
+        )
+        cache = maker.make(layers, num_slots)
         self.caches.append(cache)
-        for layer in layers:
-            layer.replace(cache.views)
         for layer, following in itertools.pairwise(self.layers):
-            if layer.pool == following.pool == len(self.caches) - 1:
+            if layer.pool == following.pool == pool:
                 layer.following = following
-        self._start_tracing(store.num_layers, len(layers[0].expert_map or ()) or store.num_experts, layers)
-        total = store.num_layers * store.num_experts
-        nbytes = store.layout.expert_nbytes
-        logger.info(
-            "moe_offload: %d layers x %d experts, %d slots (%.2f GiB) for %d experts (%.2f GiB), policy %s, "
-            "misses served by the %s",
-            store.num_layers,
-            store.num_experts,
-            num_slots,
-            num_slots * nbytes / GIB,
-            total,
-            total * nbytes / GIB,
-            self.config.policy,
-            "device" if self.direct else "host",
-        )
+        num_experts = cache.num_experts if isinstance(cache, DirectCache) else cache.store.num_experts
+        self._start_tracing(cache.store.num_layers, num_experts, layers[0].top_k)
 
-    def _take(self, layers: list[LayerHandle]) -> Iterator[Mapping[str, Tensor]]:
-        """The tensors of layers of a new pool; its own copy goes before the next is asked for."""
-        for index, layer in enumerate(layers):
-            tensors = layer.tensors()
-            yield tensors
-            layer.replace({name: tensor.new_empty(0) for name, tensor in tensors.items()})
-            layer.pool, layer.index = len(self.caches), index
-
-    def _host_store(self, layers: list[LayerHandle], slabs: Tensor | None) -> HostExpertStore:
-        store: HostExpertStore | None = None
-        pin = None if slabs is None else slabs.is_cuda
-        try:
-            for tensors in self._take(layers):
-                if store is None:
-                    address = None if slabs is None else slabs.data_ptr()
-                    store = HostExpertStore([tensors], pin_memory=pin, aligned_to=address)
-                else:
-                    store.add_layer(tensors)
-        except MemoryError as error:
-            hint = "; without locked memory choose miss='copy', which is slower" if pin else ""
-            raise MemoryError(f"moe_offload: {error}{hint}") from error
-        assert store is not None
-        return store
-
-    def _disk_store(self, layers: list[LayerHandle], disk_path: str) -> TieredExpertStore:
-        # A file for each shape of layer and each rank, which holds its own part of the weights.
-        name = f"{disk_path}.{len(self.caches)}" if self.caches else disk_path
-        path = Path(name if self.num_ranks == 1 else f"{name}.rank{self.rank}")
-        if path.exists():
-            disk = DiskExpertStore.open(path, model_id=self.model_id)
-            for layer, tensors in enumerate(self._take(layers)):
-                disk.check(layer, tensors)
-        else:
-            disk = DiskExpertStore.create(path, self._take(layers), model_id=self.model_id)
-        assert self.config.host_memory is not None
-        return TieredExpertStore(disk, self.config.host_memory)
-
-    def _make_cache(
-        self, store: ExpertStore, num_slots: int, slabs: Tensor | None, layers: list[LayerHandle]
-    ) -> ExpertCache | DirectCache:
-        if slabs is not None:
-            assert isinstance(store, HostExpertStore)
-            return DirectCache(
-                store,
-                slabs,
-                policy=self.config.policy,
-                top_k=max(layer.top_k for layer in layers),
-                max_tokens=self.max_tokens,
-                host_slots=int(self.config.prefetch_budget * num_slots) if self._prefetches else 0,
-                expert_map=layers[0].expert_map,
-            )
-        cache = ExpertCache(
-            store,
-            num_slots,
-            policy=self.config.policy,
-            device=self.device,
-            prefetch_budget=self.config.prefetch_budget,
-            debug_checks=self.config.debug_checks,
-        )
-        if cache.holds_all:
-            cache.preload()
-        return cache
-
-    def _start_tracing(self, num_layers: int, num_experts: int, layers: list[LayerHandle]) -> None:
+    def _start_tracing(self, num_layers: int, num_experts: int, top_k: int) -> None:
         known = self._known_requests(num_layers, num_experts) if not self.estimators else None
         if known is None:
             known = EAMCollection(num_layers, num_experts, self.config.eam_capacity)
@@ -432,7 +239,7 @@ class ModelOffload:
 
         self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
         if self.config.record_trace and self.recorder is None:
-            self.recorder = TraceRecorder(num_layers, num_experts, layers[0].top_k)
+            self.recorder = TraceRecorder(num_layers, num_experts, top_k)
 
     def _known_requests(self, num_layers: int, num_experts: int) -> EAMCollection | None:
         """The collection that the options name, for the first pool; None if there is no file yet."""

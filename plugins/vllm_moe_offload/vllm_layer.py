@@ -14,8 +14,9 @@ from vllm_moe_offload.config import MoEOffloadConfig
 from vllm_moe_offload.copy_serving import CopyServing
 from vllm_moe_offload.direct import DirectCache
 from vllm_moe_offload.live import LivePublisher, register_collector
+from vllm_moe_offload.pools import LayerHandle
 from vllm_moe_offload.predictor import GatePredictor
-from vllm_moe_offload.runtime import LayerHandle, ModelOffload
+from vllm_moe_offload.runtime import ModelOffload
 
 logger = logging.getLogger("vllm.moe_offload")
 

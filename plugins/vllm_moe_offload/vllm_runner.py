@@ -12,7 +12,8 @@ import torch
 from vllm_moe_offload import vllm_layer
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.direct import DirectCache
-from vllm_moe_offload.runtime import ModelOffload, Step
+from vllm_moe_offload.runtime import ModelOffload
+from vllm_moe_offload.steps import Step
 from vllm_moe_offload.trace import RoutingTrace
 
 logger = logging.getLogger("vllm.moe_offload")

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from vllm_moe_offload import MoEOffloadConfig, live
+from vllm_moe_offload.pools import LayerHandle
 from vllm_moe_offload.residency import REMOTE
-from vllm_moe_offload.runtime import LayerHandle, ModelOffload, Step
+from vllm_moe_offload.runtime import ModelOffload
+from vllm_moe_offload.steps import Step
 from vllm_moe_offload.vllm_layer import _OffloadMixin
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

@@ -36,6 +36,8 @@ _MODULE_OF = {
     "SimulatedEngine": "migration.simulated_engine",
     "Token": "migration.request",
     "Allocation": "scheduling.cluster",
+    "CacheTransfer": "scheduling.estimators",
+    "CheapestTransport": "scheduling.estimators",
     "FirstAvailablePolicy": "scheduling.policies",
     "Instance": "scheduling.cluster",
     "LoadingTimeEstimator": "scheduling.estimators",

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_serverless_loader import (
+    CacheTransfer,
+    CheapestTransport,
     FirstAvailablePolicy,
     Instance,
     LoadingTimeEstimator,
@@ -91,6 +93,33 @@ def test_sl11_migration_time_is_the_clipped_least_squares_line(seen):
 def test_sl11_output_tokens_from_elapsed_time():
     assert estimated_output_tokens(1.0, 0.3) == 3
     assert estimated_output_tokens(0.0, 0.3) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bytes_per_token=st.floats(1e3, 1e6),
+    bandwidth=st.floats(1e8, 1e11),
+    fixed=st.floats(0, 1),
+    prefill=st.floats(1e-6, 1e-2),
+    tokens=st.integers(0, 100_000),
+)
+def test_sl29_the_cheaper_transport_is_chosen(bytes_per_token, bandwidth, fixed, prefill, tokens):
+    estimator = CheapestTransport(CacheTransfer(bytes_per_token, bandwidth, fixed), prefill)
+    copied, computed = fixed + tokens * bytes_per_token / bandwidth, tokens * prefill
+    assert estimator.choose(tokens) == ("cache" if copied < computed else "tokens")
+    assert estimator.estimate(tokens) == pytest.approx(min(copied, computed), rel=1e-12)
+
+
+def test_sl29_both_regimes_of_one_cluster():
+    """Llama-3.1-8B: 128 KiB a token; 10 Gbit/s copy 1.05e-4 s a token after 50 ms."""
+    estimator = CheapestTransport(CacheTransfer(131072, 1.25e9, 0.05), 2e-4)
+    assert estimator.choose(100) == "tokens"
+    assert estimator.choose(10_000) == "cache"
+    for _ in range(64):  # a faster GPU than believed
+        estimator.observe(1000, 0.05)
+    assert estimator.choose(10_000) == "tokens"
+    with pytest.raises(ValueError, match="must be positive"):
+        CacheTransfer(0, 1.0)
 
 
 # Powers of two, so that sums are exact and ties are ties.

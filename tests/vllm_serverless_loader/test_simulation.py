@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_serverless_loader import (
+    CacheTransfer,
     FirstAvailablePolicy,
     LocalityPolicy,
     ModelInfo,
@@ -115,6 +116,25 @@ def test_sl28_staging_is_never_slower_and_faster_when_the_disk_is_slow():
             found[staging] = result.startup_s[1]
         assert found[False] == pytest.approx(plain, abs=0.02)
         assert found[True] == pytest.approx(staged, abs=0.02)
+
+
+def test_sl29_a_migration_takes_the_cheaper_way():
+    """The context is 2000 tokens of prompt; recomputing them takes 2 s, copying 0.2 s or 20 s."""
+    models = infos(16e9, 1e9)
+    known = {one.name: one for one in models}
+    trace = trace_of((0.0, "b"), (3.0, "a"), models=("a", "b"), outputs=1000)
+    trace.input_tokens[0] = 2000
+    found = []
+    for bandwidth in (None, 1e9, 1e7):
+        cache = None if bandwidth is None else CacheTransfer(1e5, bandwidth)
+        specs = [ServerSpec(num_gpus=1, bandwidth=LINKS, prefill_s_per_token=1e-3, cache_transfer=cache)] * 2
+        result = simulate(trace, models, specs, StartupTimePolicy(known), on_disk=[{"a", "b"}, {"b"}])
+        assert result.migrated.tolist() == [True, False]
+        found.append(result.startup_s[1])
+    # b from disk at the other server, its context, then a from disk.
+    assert found[0] == pytest.approx(0.25 + 2.0 + 4.0, abs=0.1)
+    assert found[1] == pytest.approx(0.25 + 0.2 + 4.0, abs=0.1)
+    assert found[2] == found[0]
 
 
 @pytest.mark.parametrize("seed", range(6))

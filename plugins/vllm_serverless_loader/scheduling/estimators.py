@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 LINKS = ("remote", "disk", "host")
 _WAY = {"device": (), "host": ("host",), "disk": ("disk", "host"), "remote": ("remote", "host")}
@@ -101,6 +103,59 @@ class MigrationTimeEstimator:
         if fixed < 0.0:
             return sum(x * y for x, y in self._seen) / sum(x * x for x, _ in self._seen), 0.0
         return slope, fixed
+
+
+@dataclass(frozen=True)
+class CacheTransfer:
+    """Copying a request's key-value cache from server to server.
+
+    Attributes:
+        bytes_per_token: of the cache, all layers.
+        bandwidth: bytes per second between the servers.
+        fixed_s: part of every transfer that does not depend on its size.
+    """
+
+    bytes_per_token: float
+    bandwidth: float
+    fixed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.bytes_per_token > 0 and self.bandwidth > 0 and self.fixed_s >= 0):
+            raise ValueError(f"bytes_per_token and bandwidth must be positive, fixed_s >= 0; got {self}")
+
+    def estimate(self, context_tokens: int) -> float:
+        """Seconds to copy the cache of ``context_tokens`` tokens."""
+        return self.fixed_s + context_tokens * self.bytes_per_token / self.bandwidth
+
+
+class CheapestTransport(MigrationTimeEstimator):
+    """Migration by tokens or by cache, whichever takes less time for the request at hand.
+
+    Args:
+        cache: what copying costs.
+        seconds_per_token, fixed_s, window: of recomputing, as in :class:`MigrationTimeEstimator`, whose
+            observations it learns from.
+    """
+
+    def __init__(
+        self,
+        cache: CacheTransfer,
+        seconds_per_token: float = 1e-4,
+        fixed_s: float = 0.0,
+        *,
+        window: int = 64,
+    ) -> None:
+        super().__init__(seconds_per_token, fixed_s, window=window)
+        self.cache = cache
+
+    def choose(self, context_tokens: int) -> Literal["tokens", "cache"]:
+        """The way that takes less time; tokens if both take the same, for they need no room on the way."""
+        recompute = super().estimate(context_tokens)
+        return "cache" if self.cache.estimate(context_tokens) < recompute else "tokens"
+
+    def estimate(self, context_tokens: int) -> float:
+        """Seconds by the way that :meth:`choose` names."""
+        return min(super().estimate(context_tokens), self.cache.estimate(context_tokens))
 
 
 def estimated_output_tokens(elapsed_s: float, seconds_per_token: float) -> int:

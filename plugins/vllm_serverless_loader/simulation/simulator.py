@@ -14,7 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_serverless_loader.scheduling.cluster import Allocation, ModelInfo, ServerState
-from vllm_serverless_loader.scheduling.estimators import LoadingTimeEstimator, MigrationTimeEstimator
+from vllm_serverless_loader.scheduling.estimators import (
+    CacheTransfer,
+    CheapestTransport,
+    LoadingTimeEstimator,
+    MigrationTimeEstimator,
+)
 from vllm_serverless_loader.scheduling.policies import Policy
 from vllm_serverless_loader.simulation.trace import Trace
 
@@ -32,6 +37,7 @@ class ServerSpec:
         bandwidth: bytes per second of the links ``remote``, ``disk`` and ``host``.
         load_fixed_s: part of every load that does not depend on its size.
         prefill_s_per_token, prefill_fixed_s, decode_s_per_token: speed of an instance.
+        cache_transfer: how key-value caches may come here; None: a migration recomputes them.
     """
 
     num_gpus: int = 4
@@ -42,6 +48,14 @@ class ServerSpec:
     prefill_s_per_token: float = 1e-4
     prefill_fixed_s: float = 0.0
     decode_s_per_token: float = 0.02
+    cache_transfer: CacheTransfer | None = None
+
+    def migration(self) -> MigrationTimeEstimator:
+        """What migrations to such a server take."""
+        speed = (self.prefill_s_per_token, self.prefill_fixed_s)
+        if self.cache_transfer is None:
+            return MigrationTimeEstimator(*speed)
+        return CheapestTransport(self.cache_transfer, *speed)
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ def simulate(
 
     An instance serves one request at a time. Loads from disk and remote of a server run one after another.
     Waiting requests are tried in order of arrival whenever something is freed. After a load the model is in
-    the server's host cache and on its disk. A migrated request pauses for the prefill of a gap of 16 tokens;
+    the server's host cache and on its disk. A migrated request pauses for the hand-over of 16 tokens;
     its GPUs count as moved at once, and the new model's load starts when the longest migration of the plan
     has ended; a staged one starts at once, as far as host memory.
 
@@ -201,7 +215,7 @@ class _Simulation:
                     spec.num_gpus,
                     dict.fromkeys(self.disks[number].models, "disk"),
                     LoadingTimeEstimator(spec.bandwidth, fixed_s=spec.load_fixed_s),
-                    MigrationTimeEstimator(spec.prefill_s_per_token, spec.prefill_fixed_s),
+                    spec.migration(),
                     host_cache_bytes=spec.host_cache_bytes,
                 )
             )
@@ -322,7 +336,7 @@ class _Simulation:
     def _migrate(self, instance: _Running, destination: int) -> None:
         """Move a running instance; its request goes on after a short pause."""
         self.states[self.place[instance.id]].instances.remove(instance)  # type: ignore[arg-type]
-        state, spec = self.states[destination], self.specs[destination]
+        state = self.states[destination]
         state.instances.append(instance)  # type: ignore[arg-type]
         tier = state.tiers.get(instance.model, "remote")
         if tier != "host":
@@ -330,7 +344,7 @@ class _Simulation:
             state.io_free_at = max(state.io_free_at, self.now) + load
         self.place[instance.id] = destination
         self._loaded(destination, instance.model)
-        pause = spec.prefill_fixed_s + _HAND_OVER_TOKENS * spec.prefill_s_per_token
+        pause = state.migration.estimate(_HAND_OVER_TOKENS)
         request = instance.request
         self.migrated[request] = True
         self.finish[request] += pause

@@ -1,8 +1,9 @@
 """nerfstudio's nerfacto, vanilla-nerf and splatfacto with an uncertainty beside every image.
 
 ``rgb``, ``depth``, ``accumulation`` stay the plain model's. Added: ``rgb_mean``, ``rgb_std`` ``[H, W, 3]``,
-``uncertainty``, ``accumulation_std``, ``depth_std`` ``[H, W, 1]``. nerfstudio's internals are used in the
-``nerfstudio_*.py`` files only.
+``uncertainty``, ``accumulation_std``, ``depth_std`` ``[H, W, 1]``, and for splats ``uncertainty_with_holes``,
+which is large where the model is transparent. nerfstudio's internals are used in the ``nerfstudio_*.py``
+files only.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from nerfstudio_phdropout.moments import RenderMoments, monte_carlo_moments
 from nerfstudio_phdropout.nerfstudio_hashing import shared_lookup
 from nerfstudio_phdropout.rasterize import expected_depth_moments, rasterization, rasterization_moments
 from nerfstudio_phdropout.search import DropoutSearchResult, max_dropout_ratio
+from nerfstudio_phdropout.selection import unknown_background_std
 from nerfstudio_phdropout.shared_trunk import memoized
 from nerfstudio_phdropout.sidecar import read_ratio, sidecar_path, write_sidecar
 from nerfstudio_phdropout.tiles import ALPHA_MIN
@@ -587,6 +589,8 @@ class PHDropoutSplatfactoModel(PHDropoutMixin, SplatfactoModel):
         if moments.covariance is not None and moments.accumulation_std is not None:
             outputs["accumulation_std"] = moments.accumulation_std[0, ..., None]
             outputs["depth_std"] = expected_depth_moments(moments)[1][0, ..., None]
+            holes = unknown_background_std(moments)[0, ..., :3]
+            outputs["uncertainty_with_holes"] = holes.mean(dim=-1, keepdim=True)
         return outputs
 
     def moments_for_camera(self, camera: Cameras, ratio: float) -> RenderMoments:

@@ -130,6 +130,10 @@ def test_ph09_outputs_for_the_viewer_are_images(runs):
             assert bool(torch.isfinite(outputs[name]).all())
         torch.testing.assert_close(outputs["uncertainty"], outputs["rgb_std"].mean(-1, keepdim=True))
         assert float(outputs["uncertainty"].max()) > 0
+    holes, transparent = outputs["uncertainty_with_holes"], 1 - outputs["accumulation"]
+    assert holes.shape == (32, 32, 1)
+    assert bool((holes >= outputs["uncertainty"] - 1e-6).all())
+    assert bool((holes[transparent > 0.999] > 0.28).all())
 
 
 def training_psnr(config: Path) -> float:

@@ -47,7 +47,7 @@ class PassCounters:
         num_layers: MoE layers observed; 0 for a dense model.
         num_experts: routed experts of a layer.
         top_k: experts per token.
-        input_ids: the buffer in which every pass finds its token ids, int32 ``[largest pass]``.
+        input_ids: the buffer in which every pass finds its token ids, ``[largest pass]``.
         device: where the routers run.
         ring_bytes: memory for passes that wait to be counted; one pass of the largest size always fits.
     """
@@ -134,7 +134,7 @@ class PassCounters:
         first, last = self._appended, min(self._appended + rows, self._max_rows)
         rows = last - first
         ids = [self._fitted(layer, rows) for layer in part]
-        tokens = self._input_ids[first:last, None].expand(rows, self._width)
+        tokens = self._input_ids[first:last].to(torch.int32)[:, None].expand(rows, self._width)
         joined = torch.cat((*ids, tokens, self._row_numbers[first:last]))
         self._ring.index_copy_(
             1, self._positions[:rows], joined.view(self._num_layers + 2, rows, self._width)

@@ -1,11 +1,13 @@
 """Step times on a GPU: plain vLLM, expert offload at several residencies, vLLM's own two offloaders.
 
     python benchmarks/vllm_moe_offload_gpu.py [--out DIR] [--layers 12] [--budget 240] [--arms plain,ours_25]
+    python benchmarks/vllm_moe_offload_gpu.py --resume --arms uva,prefetch      adds arms to a result in DIR
 
 Qwen3-30B shape (hidden 2048, 128 experts of 768, top-8, bf16; 9.4 MB an expert) or, with --shape, a larger
 one in fewer layers, dummy weights, vLLM's default torch.compile and CUDA graphs in every arm. The router's
 choices come from a trace that all arms replay on the device, topic-local (requests keep to a topic's experts)
-or uniform (no structure at all), so that the tokens generated must be the same in all arms. One engine after
+or uniform (no structure at all), so that the tokens generated must be the same in all arms. The look ahead of
+`ours_25_eam_gate` names the coming choices, right as often as a gate's does on tiny_moe. One engine after
 the other in one process; `plain_again` is the control. The most important arms come first, each writes the
 result file, and an arm starts only while the budget has room for it. With `ours_25_eam` one decode step is
 profiled kernel by kernel (timeline.png).
@@ -35,7 +37,7 @@ os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "replayed"
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, Headline, write_result
+from benchmarks.common import RESULTS, Headline, hardware, write_result
 
 NAME = "vllm_moe_offload_gpu"
 
@@ -66,6 +68,7 @@ TRACE_STEPS, TOPICS = 256, 8
 WARM_STEPS, STEPS, SECONDS, PROMPT = 40, 40, 1.0, 2000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter to try the script out
 OFF_DEVICE = 0.75
+GATE_RECALL = 0.67  # results/vllm_moe_offload_lookahead.json, one layer ahead
 
 
 def routing(kind: str, layers: int, seed: int = 0) -> np.ndarray:
@@ -93,11 +96,26 @@ class Replayed:
         self.table = torch.zeros(
             TRACE_STEPS, layers, max(BATCHES), SHAPE.top_k, dtype=torch.int32, device=DEVICE
         )
+        self.guesses = self.table.clone()
         self.step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        self._guessed = 0
 
     def load(self, ids: np.ndarray) -> None:
         """Replay these choices from now on."""
+        rng = np.random.default_rng(1)
         self.table.copy_(torch.from_numpy(ids))
+        wrong = rng.random(ids.shape) > GATE_RECALL
+        self.guesses.copy_(
+            torch.from_numpy(np.where(wrong, rng.integers(SHAPE.experts, size=ids.shape), ids))
+        )
+
+    def foretell(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In place of a gate's look ahead, which knows nothing of a replay: right as often as on tiny_moe."""
+        layer = self._guessed % (self._layers - 1) + 1
+        self._guessed += 1
+        rows = self.guesses.index_select(0, self.step % TRACE_STEPS)[0, layer]
+        tokens = hidden.shape[0]
+        return rows.repeat(-(-tokens // len(rows)), 1)[:tokens].long()
 
     def route_tokens(self, hidden_states, router_logits, top_k, indices_type=None):
         """Weights and ids ``[tokens, top_k]`` of the step and layer whose turn it is."""
@@ -157,7 +175,8 @@ def engine_arguments(arm: str, layers: int) -> dict[str, Any]:
         _, share, *how = arm.split("_")
         options: dict[str, Any] = {"cache_fraction": int(share) / 100}
         options["policy"] = how[0] if how else "lru"
-        options["prefetch"] = "eam" if "prefetch" in how else "none"
+        wanted = {"prefetch": "eam", "gate": "gate"}
+        options["prefetch"] = next((wanted[name] for name in how if name in wanted), "none")
         return {"additional_config": {"moe_offload": options}}
     if arm == "uva":
         experts = {"w13_weight", "w2_weight"}
@@ -213,29 +232,40 @@ def run_steps(
 
 def measure(llm, strategy: Replayed, batch: int, offloaded: bool) -> dict[str, Any]:
     """Step times of one batch size after a warm-up, with the plugin's counters of these steps."""
-    import vllm_moe_offload
-
-    def counters() -> dict[str, int]:
-        names = ("accesses", "hits", "misses", "copies", "in_place", "prefetched", "prefetch_used")
-        report = vllm_moe_offload.stats(llm)[0] if offloaded else {}
-        return {name: report[name] for name in names if name in report}
-
     run_steps(llm, batch, WARM_STEPS, SECONDS)
     strategy.step.zero_()
-    result = run_steps(llm, batch, STEPS, SECONDS, counters)
+    result = run_steps(llm, batch, STEPS, SECONDS, lambda: counters_of(llm, offloaded))
     if offloaded:
-        result["hit_rate"] = result["hits"] / result["accesses"] if result["accesses"] else 1.0
-        result["missing_bytes_per_step"] = result["misses"] * SHAPE.expert_nbytes / len(result["step_ms"])
+        add_rates(result)
     return result
 
 
-def prefill(llm, strategy: Replayed) -> dict[str, Any]:
+def add_rates(result: dict[str, Any]) -> None:
+    """Hit rate, and what crossed the link a step: misses and what a prediction brought in."""
+    moved = result["misses"] + result["prefetched"]
+    result["hit_rate"] = result["hits"] / result["accesses"] if result["accesses"] else 1.0
+    result["missing_bytes_per_step"] = moved * SHAPE.expert_nbytes / len(result["step_ms"])
+
+
+def counters_of(llm, offloaded: bool) -> dict[str, int]:
+    """What the plugin counted so far."""
+    import vllm_moe_offload
+
+    names = ("accesses", "hits", "misses", "copies", "in_place", "prefetched", "prefetch_used")
+    report = vllm_moe_offload.stats(llm)[0] if offloaded else {}
+    return {name: report[name] for name in names if name in report}
+
+
+def prefill(llm, strategy: Replayed, offloaded: bool) -> dict[str, Any]:
     """Milliseconds of one step over a long prompt, which needs nearly all experts of every layer."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     times, ids = [], []
+    before: dict[str, int] = {}
     for turn in range(4):
+        if turn == 1:
+            before = counters_of(llm, offloaded)
         strategy.step.zero_()
         tokens = [(turn + 31 * position) % 31000 for position in range(PROMPT)]
         start = time.perf_counter()
@@ -244,7 +274,11 @@ def prefill(llm, strategy: Replayed) -> dict[str, Any]:
             for output in llm.llm_engine.step():
                 ids.append(list(output.outputs[0].token_ids))
         times.append((time.perf_counter() - start) * 1e3)
-    return {"step_ms": times[1:], "ids": ids}
+    after = counters_of(llm, offloaded)
+    result = {"step_ms": times[1:], "ids": ids, **{name: after[name] - before[name] for name in after}}
+    if offloaded:
+        add_rates(result)
+    return result
 
 
 def timeline(llm, strategy: Replayed, batch: int, folder: Path) -> dict[str, Any]:
@@ -326,6 +360,10 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
     offloaded = arm.startswith("ours_")
     strategy = Replayed(layers)
     register(strategy)
+    if "gate" in arm:
+        from vllm_moe_offload import GatePredictor
+
+        GatePredictor.predict = lambda _, hidden: strategy.foretell(hidden)  # type: ignore[method-assign]
     start = time.perf_counter()
     llm = LLM(
         model=str(folder),
@@ -356,7 +394,7 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
                 hits = f", hit rate {found['hit_rate']:.3f}" if offloaded else ""
                 say(f"{arm} {kind} {batch}: {statistics.median(found['step_ms']):.2f} ms{hits}")
             if kind == "uniform":
-                report["prefill"] = prefill(llm, strategy)
+                report["prefill"] = prefill(llm, strategy, offloaded)
                 say(f"{arm} prefill: {statistics.median(report['prefill']['step_ms']):.1f} ms")
         if arm == "ours_25_eam":
             # The same engine with another policy: an engine takes most of a minute to start.
@@ -454,7 +492,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=240, help="seconds")
     parser.add_argument(
         "--arms",
-        default="plain,ours_25_eam,uva,ours_100,prefetch,ours_25_eam_prefetch,ours_50_eam,plain_again",
+        default="plain,ours_25_eam,uva,ours_100,prefetch,ours_25_eam_gate,ours_25_eam_prefetch,ours_50_eam,"
+        "plain_again",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="add to the result in --out; skip what is there"
     )
     arguments = parser.parse_args()
     global SHAPE, NAME
@@ -473,7 +515,7 @@ def main() -> int:
         "shape": arguments.shape,
         "layers": arguments.layers,
         "link": link(),
-        "arms": {},
+        "arms": earlier_arms(arguments) if arguments.resume else {},
     }
     say(f"link {result['link']['host_to_device'] / 1e9:.1f} GB/s")
     failed = 0
@@ -481,6 +523,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         write_config(Path(name), arguments.layers)
         for arm in arguments.arms.split(","):
+            if "error" not in result["arms"].get(arm, {"error": "not run"}):
+                say(f"{arm}: there already")
+                continue
             start = time.perf_counter()
             if start - began + longest > arguments.budget:
                 say(f"{arm}: no time left")
@@ -495,25 +540,31 @@ def main() -> int:
             longest = max(longest, report["seconds"])
             result["arms"][arm] = report
             compare(result["arms"], result["link"]["host_to_device"])
-            kept = {arm: strip(report) for arm, report in result["arms"].items()}
             write_result(
                 NAME,
                 question="What does a decode step cost with offloaded experts, here and in vLLM itself?",
                 headline=headline(result),
                 samples={},
                 folder=arguments.out,
-                **{**result, "arms": kept},
+                **result,
             )
     return failed
 
 
-def strip(report: dict[str, Any]) -> dict[str, Any]:
-    """Without the ids, which only serve to compare."""
-    kept = dict(report)
-    for key, value in report.items():
-        if isinstance(value, dict):
-            kept[key] = {name: item for name, item in value.items() if name != "ids"}
-    return kept
+def earlier_arms(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arms of the result file that is to be continued; none if there is no file."""
+    path = arguments.out / f"{NAME}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    here = hardware()
+    for what, ours, theirs in (
+        ("layers", arguments.layers, found["layers"]),
+        ("GPUs", here["gpus"], found["hardware"]["gpus"]),
+    ):
+        if ours != theirs:
+            raise ValueError(f"{path} was made with {what} {theirs}, not {ours}; give another --out")
+    return found["arms"]
 
 
 if __name__ == "__main__":

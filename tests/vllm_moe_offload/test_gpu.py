@@ -95,6 +95,20 @@ def test_mo22_two_ranks_of_experts_equal_plain_vllm_with_two(tmp_path, mode):
         assert report["misses"] > 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_mo21_a_look_ahead_changes_no_result(family, mode):
+    """Predicted experts are pulled on a side stream beside the running layer, which the graphs record."""
+    name, folder = family
+    with gpu_engine(folder, **MODES[mode]) as llm:
+        plain = generate(llm, tokens=16)
+    options = {"cache_fraction": 0.4, "policy": "lru", "prefetch": "gate", "debug_checks": True}
+    with gpu_engine(folder, options, **MODES[mode]) as llm:
+        assert generate(llm, tokens=16) == plain, f"{name}, {mode}"
+        (report,) = vllm_moe_offload.stats(llm)
+    assert report["prefetched"] >= report["prefetch_used"] > 0
+    assert report["misses"] + report["prefetched"] == report["copies"] + report["in_place"]
+
+
 def test_mo03_copies_by_the_host_equal_plain_vllm_without_graphs(family):
     name, folder = family
     with gpu_engine(folder) as llm:

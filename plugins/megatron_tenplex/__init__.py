@@ -31,6 +31,7 @@ _MODULE_OF = {
     "Transport": "transport",
     "UncoveredRangeError": "errors",
     "World": "membership",
+    "ZeroReconfigurator": "deepspeed_adapter",
     "add_tenplex_args": "arguments",
     "assign_roles": "placement",
     "execute": "executor",

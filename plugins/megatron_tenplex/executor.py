@@ -27,7 +27,7 @@ class ReshardReport:
     Attributes:
         sent_bytes, received_bytes, copied_bytes: of this worker.
         staging_bytes: the most that staging buffers held at once.
-        seconds: by stage; ``execute`` fills ``prepare`` and ``move``.
+        seconds: by stage; ``execute`` fills ``prepare`` (views, staging memory) and ``move``.
     """
 
     sent_bytes: int = 0
@@ -110,39 +110,52 @@ class _Side:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.messages: list[tuple[int, Tensor]] = []
-        self.staged: list[tuple[Tensor, Tensor]] = []  # (part of a staging buffer, view of the tensor)
+        self.staged: list[Tensor] = []  # parts of the staging memory
+        self.views: list[Tensor] = []  # of the tensors, in the same order
         self.staging_bytes = 0
+        self._buffers: list[tuple[int, int, int, list[tuple[int, Tensor]]]] = []
 
     def add(self, peer: int, pieces: Sequence[_Piece], views: Sequence[Tensor]) -> None:
         packed = [(p, v) for p, v in zip(pieces, views, strict=True) if p.offset >= 0]
         if packed:
             size = max(p.offset + p.nbytes for p, _ in packed)
-            buffer = self._buffer(size)
-            self.messages.append((peer, buffer))
-            for piece, view in packed:
-                part = buffer[piece.offset : piece.offset + piece.nbytes]
-                self.staged.append((part.view(view.dtype).view(view.shape), view))
+            self._stage(peer, size, [(p.offset, v) for p, v in packed])
         for piece, view in zip(pieces, views, strict=True):
             if piece.offset >= 0:
                 continue
             if view.is_contiguous() and view.device == self.device:
                 self.messages.append((peer, view.reshape(-1).view(torch.uint8)))
             else:
-                buffer = self._buffer(piece.nbytes)
-                self.messages.append((peer, buffer))
-                self.staged.append((buffer.view(view.dtype).view(view.shape), view))
+                self._stage(peer, piece.nbytes, [(0, view)])
 
-    def _buffer(self, size: int) -> Tensor:
-        self.staging_bytes += size
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+    def _stage(self, peer: int, size: int, parts: list[tuple[int, Tensor]]) -> None:
+        """Note a message that needs staging memory; its place among the messages stays free until then."""
+        self._buffers.append((len(self.messages), self.staging_bytes, size, parts))
+        self.messages.append((peer, torch.empty(0)))
+        self.staging_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def bind(self, arena: Tensor) -> None:
+        """Use the first ``staging_bytes`` of ``arena`` (uint8)."""
+        for index, start, size, parts in self._buffers:
+            buffer = arena[start : start + size]
+            self.messages[index] = (self.messages[index][0], buffer)
+            for offset, view in parts:
+                part = buffer[offset : offset + view.numel() * view.element_size()]
+                self.staged.append(part.view(view.dtype).view(view.shape))
+                self.views.append(view)
+        self._buffers.clear()
 
     def pack(self) -> None:
         if self.staged:
-            torch._foreach_copy_([part for part, _ in self.staged], [view for _, view in self.staged])
+            torch._foreach_copy_(self.staged, self.views)
 
     def unpack(self) -> None:
         if self.staged:
-            torch._foreach_copy_([view for _, view in self.staged], [part for part, _ in self.staged])
+            torch._foreach_copy_(self.views, self.staged)
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self.messages, self.staged, self.views = [], [], []
 
 
 def execute(
@@ -214,6 +227,8 @@ class _Execution:
         )
         self.pending_reads.update(m.source_shard for m in self.copies.get(0, ()))
         self._check_tensors(mine.sends + mine.copies, mine.receives + mine.copies)
+        self.rounds = self._prepare()
+        self.local = {phase: self._local(phase) for phase in self.phases}
 
     def _check_tensors(self, read: Sequence[Move], written: Sequence[Move]) -> None:
         missing = {m.source_shard for m in read if m.phase == 0} - self.source.keys()
@@ -222,30 +237,57 @@ class _Execution:
             shard = min(missing)
             raise ValueError(f"no tensor was given for {shard.key}{shard.box} flat {shard.flat}")
 
+    def _prepare(self) -> dict[int, list[tuple[_Side, _Side]]]:
+        """All rounds by phase, views and staging memory included, so that moving only moves.
+
+        Rounds share the staging memory: those ``_IN_FLIGHT`` apart are never under way at once.
+        """
+        rounds = {phase: self._rounds_of(phase) for phase in self.phases}
+        for direction in (0, 1):
+            for slot in range(_IN_FLIGHT):
+                sides = [pair[direction] for pairs in rounds.values() for pair in pairs[slot::_IN_FLIGHT]]
+                size = max((side.staging_bytes for side in sides), default=0)
+                arena = torch.empty(size, dtype=torch.uint8, device=self.transport.device)
+                self.report.staging_bytes += size
+                for side in sides:
+                    side.bind(arena)
+        return rounds
+
+    def _rounds_of(self, phase: int) -> list[tuple[_Side, _Side]]:
+        both = [*self.sends.items(), *self.receives.items()]
+        count = max((len(rounds) for (p, _), rounds in both if p == phase), default=0)
+        return [
+            (
+                self._side(self.sends, phase, number, read=True),
+                self._side(self.receives, phase, number, read=False),
+            )
+            for number in range(count)
+        ]
+
+    def _local(self, phase: int) -> tuple[list[Tensor], list[Tensor]]:
+        """(written, read) views of the copies within this worker."""
+        moves = self.copies.get(phase, ())
+        return [self._view(m, m.box, read=False) for m in moves], [
+            self._view(m, m.box, read=True) for m in moves
+        ]
+
     def run(self, release: bool) -> None:
         for phase in self.phases:
             self._run_phase(phase, release)
 
     def _run_phase(self, phase: int, release: bool) -> None:
-        count = max(
-            (len(r) for (p, _), r in [*self.sends.items(), *self.receives.items()] if p == phase), default=0
-        )
-        under_way: list[tuple[int, _Side, _Side, Pending]] = []
-        for number in range(count):
-            out = self._side(self.sends, phase, number, read=True)
-            into = self._side(self.receives, phase, number, read=False)
+        under_way: list[tuple[int, Pending]] = []
+        for number, (out, into) in enumerate(self.rounds[phase]):
             out.pack()
-            under_way.append((number, out, into, self.transport.exchange(out.messages, into.messages)))
-            held = sum(o.staging_bytes + i.staging_bytes for _, o, i, _ in under_way)
-            self.report.staging_bytes = max(self.report.staging_bytes, held)
+            under_way.append((number, self.transport.exchange(out.messages, into.messages)))
             if number == 0:
                 self._copy(phase, release)
             if len(under_way) == _IN_FLIGHT:
-                self._finish(under_way.pop(0), phase, release)
-        if not count:
+                self._finish(*under_way.pop(0), phase, release)
+        if not self.rounds[phase]:
             self._copy(phase, release)
-        for batch in under_way:
-            self._finish(batch, phase, release)
+        for number, pending in under_way:
+            self._finish(number, pending, phase, release)
 
     def _side(
         self, of: Mapping[tuple[int, int], list[list[_Piece]]], phase: int, number: int, *, read: bool
@@ -265,20 +307,19 @@ class _Execution:
         return view_of(move.source_shard, tensors[move.source_shard], box)
 
     def _copy(self, phase: int, release: bool) -> None:
-        moves = self.copies.get(phase, ())
-        if not moves:
-            return
-        into = [self._view(m, m.box, read=False) for m in moves]
-        out = [self._view(m, m.box, read=True) for m in moves]
-        torch._foreach_copy_(into, out)
-        del out
+        into, out = self.local.pop(phase)
+        if into:
+            torch._foreach_copy_(into, out)
+        del into, out
         if phase == 0 and release:
-            self._read_done(m.source_shard for m in moves)
+            self._read_done(m.source_shard for m in self.copies.get(0, ()))
 
-    def _finish(self, batch: tuple[int, _Side, _Side, Pending], phase: int, release: bool) -> None:
-        number, _, into, pending = batch
+    def _finish(self, number: int, pending: Pending, phase: int, release: bool) -> None:
+        out, into = self.rounds[phase][number]
         pending.wait()
         into.unpack()
+        out.clear()
+        into.clear()
         if phase == 0 and release:
             for (p, _), rounds in self.sends.items():
                 if p == 0 and number < len(rounds):

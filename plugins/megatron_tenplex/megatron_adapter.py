@@ -77,7 +77,7 @@ def check_supported() -> None:
     for owner, name in (
         (DistributedOptimizer, "_get_model_param_range_map"),
         (parallel_state, "initialize_model_parallel"),
-        (parallel_state, "destroy_model_parallel"),
+        (parallel_state, "_GLOBAL_MEMORY_BUFFER"),
         (tensor_parallel, "model_parallel_cuda_manual_seed"),
     ):
         if not hasattr(owner, name):
@@ -102,15 +102,45 @@ def initialize_parallel(parallel: ParallelConfig, timeout: float) -> None:
     )
 
 
-def destroy_parallel() -> None:
-    """Forget Megatron's groups; the communicators go with the default group."""
-    parallel_state.destroy_model_parallel()
+def put_parallel_aside() -> dict[str, Any]:
+    """Take Megatron's groups and degrees out of its globals, without destroying anything."""
+    state = {name: value for name, value in vars(parallel_state).items() if _is_parallel_state(name)}
+    for name, value in state.items():
+        setattr(parallel_state, name, {} if isinstance(value, dict) else None)
+    scratch = state["_GLOBAL_MEMORY_BUFFER"]
+    if scratch is not None:
+        scratch.buffer.clear()
+    return state
 
 
-def release(model: Sequence[nn.Module]) -> None:
-    """Let a model be freed that is trained no longer: the hooks of its DDP form cycles outside Python."""
+def _is_parallel_state(name: str) -> bool:
+    return (name.startswith("_") and name.isupper()) or name == "_global_process_group_list"
+
+
+def take_parallel_up(state: Mapping[str, Any]) -> None:
+    """Write back what :func:`put_parallel_aside` took."""
+    for name, value in state.items():
+        setattr(parallel_state, name, value)
+
+
+def release(model: Sequence[nn.Module], optimizer: Any) -> None:
+    """Let a model and its optimizer be freed; they can train no longer.
+
+    Both are part of cycles that Python cannot see: gradient accumulators hold parameters and the hooks of
+    DDP, and in fp32 the optimizer's parameters are views with such an accumulator in their history. Methods
+    with a cache (rotary embeddings) keep the module they were called on, and so its process group.
+    """
     for chunk in model:
         getattr(chunk, "grad_accs", []).clear()
+        for kind in {type(module) for module in chunk.modules()}:
+            for method in vars(kind).values():
+                getattr(method, "cache_clear", int)()
+    for inner in _inner_optimizers(optimizer):
+        for name in ("shard_fp32_groups", "shard_float16_groups", "shard_fp32_from_float16_groups"):
+            getattr(inner, name, []).clear()
+        for group in inner.optimizer.param_groups:
+            group["params"].clear()
+        inner.optimizer.state.clear()
 
 
 def seed_everything(seed: int, *, data_parallel_random_init: bool = False) -> None:

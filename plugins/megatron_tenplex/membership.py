@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tenplex import process_groups
+from megatron_tenplex.process_groups import GroupSet
 from megatron_tenplex.ptc import Box, ParallelTensorCollection, Shard, TensorSpec, dtype_of
 
 
@@ -28,6 +30,12 @@ class World:
         backend: of the default group; ``"nccl"`` where there is CUDA, else ``"gloo"``.
         timeout: seconds after which waiting for another worker during a change is an error.
         training_timeout: the same while training, for the collectives of the default group and Megatron's.
+        kept_groups: the groups of this many earlier layouts are kept, so that coming back to one costs no new
+            communicators. Each holds threads and, over NCCL, device memory.
+
+    Attributes:
+        attachment: what the framework on top keeps about the present groups; put aside and taken up with
+            them, None where they were formed anew.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class World:
         backend: str | None = None,
         timeout: float = 25.0,
         training_timeout: float = 1800.0,
+        kept_groups: int = 3,
     ) -> None:
         if not 0 <= worker < num_workers:
             raise ValueError(f"worker must be in 0..{num_workers - 1}, got {worker}")
@@ -48,6 +57,10 @@ class World:
         self.training_timeout = timedelta(seconds=training_timeout)
         self.members: tuple[int, ...] = ()
         self.generation = 0
+        self.kept_groups = kept_groups
+        self.attachment: Any = None
+        self._layout: Hashable = None
+        self._kept: dict[tuple[tuple[int, ...], Hashable], GroupSet | None] = {}  # least recently used first
         # Twice: who waits for the others' verdict must outlast a worker that waits for one which failed.
         self.control: Any = dist.ProcessGroupGloo(
             dist.PrefixStore("tenplex/control", store), worker, num_workers, 2 * self.timeout
@@ -81,8 +94,12 @@ class World:
         """Rank of this worker in the default group; None while it is idle."""
         return self.members.index(self.worker) if self.worker in self.members else None
 
-    def form(self, members: Sequence[int]) -> int | None:
+    def form(self, members: Sequence[int], layout: Hashable = None) -> int | None:
         """Re-form the default group: ``members[role] = worker``. Collective over all workers.
+
+        Args:
+            layout: names the use that is made of the group. With one, the present groups are put aside for
+                the next time and, if this is not the first time, taken up again; None always forms anew.
 
         Returns:
             The new rank of this worker, None if it has no role.
@@ -90,25 +107,73 @@ class World:
         members = tuple(members)
         if len(set(members)) != len(members) or not set(members) <= set(range(self.num_workers)):
             raise ValueError(f"members must be different workers of 0..{self.num_workers - 1}, got {members}")
+        self._leave()
+        wanted = (members, layout)
+        known = layout is not None and wanted in self._kept
+        groups = self._kept.pop(wanted, None)
+        self._shrink(self.kept_groups)
+        self.members, self._layout, self.attachment = members, layout, None
+        if groups is not None:
+            self.attachment = groups.attachment
+            process_groups.take_up(groups)
+            self._set_timeout(self.timeout)
+        if not known:
+            self._form_anew(members)
+        return self.role
+
+    def _leave(self) -> None:
+        """Put the present groups aside, or destroy them if they are of no named layout."""
+        groups = None
         if dist.is_initialized():
-            dist.destroy_process_group()
+            groups = process_groups.put_aside()
+            groups.attachment = self.attachment
+        if self._layout is not None:
+            self._kept[self.members, self._layout] = groups  # None on a worker without a role, to count alike
+        elif groups is not None:
+            process_groups.destroy(groups)
+        self.members, self._layout, self.attachment = (), None, None
+
+    def _shrink(self, count: int) -> None:
+        """Destroy all but the ``count`` sets of groups that were in use last."""
+        for key in list(self._kept)[: max(0, len(self._kept) - count)]:
+            groups = self._kept.pop(key)
+            if groups is not None:
+                process_groups.destroy(groups)
+
+    def _form_anew(self, members: tuple[int, ...]) -> None:
         self.generation += 1
-        self.members = members
-        role = self.role
-        if role is not None:
+        process_groups.number_groups_from(self.generation << 16)
+        if self.role is not None:
             dist.init_process_group(
                 self.backend,
                 store=dist.PrefixStore(f"tenplex/g{self.generation}", self.store),
-                rank=role,
+                rank=self.role,
                 world_size=len(members),
                 timeout=self.timeout,
             )
-        return role
+
+    def forget(self, members: Sequence[int], layout: Hashable) -> None:
+        """Destroy groups that were put aside, as they may be in any state. Collective over all workers."""
+        groups = self._kept.pop((tuple(members), layout), None)
+        if groups is not None:
+            present = process_groups.put_aside() if dist.is_initialized() else None
+            process_groups.destroy(groups)
+            if present is not None:
+                process_groups.take_up(present)
+
+    def connect(self) -> None:
+        """Make every present group connect, which NCCL and gloo do at the first use. Collective."""
+        device = "cuda" if self.backend == "nccl" else "cpu"
+        for group in process_groups.present():
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def begin_training(self) -> None:
         """Let collectives of all groups under the default one take ``training_timeout``."""
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(self.training_timeout, group)
+        self._set_timeout(self.training_timeout)
+
+    def _set_timeout(self, timeout: timedelta) -> None:
+        for group in process_groups.present():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The one-dimensional CPU tensors of all workers, which may differ in length but not in dtype."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +16,10 @@ from megatron_tenplex.executor import ReshardReport, execute
 from megatron_tenplex.layout import ParallelConfig
 from megatron_tenplex.membership import World
 from megatron_tenplex.memory import check_memory, needed_bytes
-from megatron_tenplex.placement import assign_roles
-from megatron_tenplex.planner import ReshardPlan, plan_reshard
+from megatron_tenplex.planner import ReshardPlan
+from megatron_tenplex.planning import Planning
 from megatron_tenplex.ptc import ParallelTensorCollection, Shard
+from megatron_tenplex.stages import Trace
 from megatron_tenplex.tensor_store import TensorStore
 from megatron_tenplex.topology import Topology
 from megatron_tenplex.transport import TorchTransport, Transport
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_tenplex.megatron_adapter import LocalState
 
 logger = logging.getLogger(__name__)
+_Layout = tuple[ParallelConfig, tuple[int, ...]]  # and its members: worker of each role
 
 
 @dataclass
@@ -65,12 +65,16 @@ class Reconfigurator:
         staging_bytes: memory for messages under way, per worker.
         verify: compare digests of all tensors before and after.
         release_source: the tensors of the old layout wait in host memory while the new one is built and
-        filled, so
-            that the device holds one layout at a time.
+            filled, so that the device holds one layout at a time.
         store: replicas for :meth:`snapshot` and for resuming.
         redundancy: copies on other hosts.
         seed: of new random streams (Megatron's formula, plus the iteration so that no stream repeats).
         vocab_size: real rows of the vocabulary where Megatron pads it by the tensor-parallel degree.
+
+    Attributes:
+        trace: when each stage ran, since the change before the last one; ``pause`` encloses what training
+            waited for.
+        planning: the plans that are known.
     """
 
     def __init__(
@@ -105,7 +109,11 @@ class Reconfigurator:
         self.state: TrainingState | None = None
         self.parallel: ParallelConfig | None = None
         self.report: ReshardReport | None = None
-        self._layouts: dict[ParallelConfig, ParallelTensorCollection] = {}
+        self.trace = Trace()
+        self.planning = Planning(placement, self.hosts(), self.trace)
+        self._layouts: dict[ParallelConfig, ParallelTensorCollection] = {}  # by role
+        self._held: ParallelTensorCollection | None = None  # by worker, at the present
+        self._shadow: tuple[_Layout, TrainingState | None] | None = None
 
     @property
     def role(self) -> int | None:
@@ -136,32 +144,79 @@ class Reconfigurator:
         """Groups, seeds, build; all workers learn of a failure of one."""
         failure: BaseException | None = None
         local = None
-        self._megatron.destroy_parallel()
+        shadow = self._take_shadow(parallel, members)
+        old, self._held = self.state, None
+        self.state = None
         try:
-            if self.world.form(members) is not None:
-                self._megatron.initialize_parallel(parallel, self.world.timeout.total_seconds())
+            with self.trace.timed("groups"):
+                self._enter(parallel, members)
+            if old is not None:
+                self._retire(old)
+            if self.role is not None:
                 self._megatron.seed_everything(self.seed + iteration)
-                if self.state is not None:
-                    self._megatron.release(self.state.model)
-                self.state = self._build(parallel)
+                if shadow is None:
+                    with self.trace.timed("build"):
+                        shadow = self._build(parallel)
+                self.state = shadow
                 local = self.describe()
-            else:
-                self.state = None
         except Exception as error:  # reported to all workers, then raised
             failure = error
         self.world.agree(failure, f"building {parallel}")
         self.parallel = parallel
         return local
 
+    def _retire(self, state: TrainingState) -> None:
+        """Empty a state that trains no longer: its memory goes although somebody may refer to it."""
+        self._megatron.release(state.model, state.optimizer)
+        state.model, state.optimizer, state.scheduler = [], None, None
+
+    def _enter(self, parallel: ParallelConfig, members: tuple[int, ...]) -> None:
+        """Make the groups of a layout the present ones, new or as they were left."""
+        self.world.attachment = self._megatron.put_parallel_aside()
+        self.world.form(members, parallel)
+        if self.world.attachment is not None:
+            self._megatron.take_parallel_up(self.world.attachment)
+        elif self.role is not None:
+            self._megatron.initialize_parallel(parallel, self.world.timeout.total_seconds())
+
+    def _take_shadow(self, parallel: ParallelConfig, members: tuple[int, ...]) -> TrainingState | None:
+        """What :meth:`prepare` built for this layout and placement; anything else is dropped."""
+        shadow, self._shadow = self._shadow, None
+        return shadow[1] if shadow is not None and shadow[0] == (parallel, members) else None
+
     def describe(self) -> LocalState | None:
         """Views of what this worker holds; None while it is idle."""
-        if self.state is None:
-            return None
-        return self._megatron.describe(self.state.model, self.state.optimizer, vocab_size=self.vocab_size)
+        return None if self.state is None else self._describe(self.state)
+
+    def _describe(self, state: TrainingState) -> LocalState:
+        return self._megatron.describe(state.model, state.optimizer, vocab_size=self.vocab_size)
 
     def gather(self, local: LocalState | None) -> ParallelTensorCollection:
         """What all workers hold, by worker. Collective."""
         return self._megatron.gather(local, self.world)
+
+    def _present_layout(self, local: LocalState | None) -> ParallelTensorCollection:
+        """What all workers hold, gathered only if it is not known. Collective."""
+        if self._held is None or not self._all_hold(local, self._held.shards):
+            self._held = self.gather(local)
+        return self._held
+
+    def _all_hold(self, local: LocalState | None, shards: Sequence[Sequence[Shard]]) -> bool:
+        """Whether every worker w holds ``shards[w]`` and nothing else. Collective."""
+        mine = () if local is None else tuple(local.shards)
+        return all(self.world.all_gather_json(mine == tuple(shards[self.world.worker])))
+
+    def _layout_in_roles(
+        self, parallel: ParallelConfig, local: LocalState | None
+    ) -> ParallelTensorCollection:
+        """The layout that was just built, by role; gathered only if it is not known. Collective."""
+        known, members = self._layouts.get(parallel), self.world.members
+        if known is not None and self._all_hold(
+            local, _in_worker_order(known, members, self.world.num_workers)
+        ):
+            return known
+        self._layouts[parallel] = _in_role_order(self.gather(local), members)
+        return self._layouts[parallel]
 
     def target_layout(self) -> ParallelTensorCollection:
         """The present layout in role order. Collective."""
@@ -169,8 +224,90 @@ class Reconfigurator:
 
     # ------------------------------------------------------------------------------------------- change
 
+    def prepare(self, parallel: ParallelConfig, *, shadow: bool = False) -> None:
+        """Do now what a later :meth:`reconfigure` to ``parallel`` would do in its pause. Collective.
+
+        Between two iterations: groups are formed and connected, and a layout that was never used is built
+        once and dropped, which tells what it holds. The plan is then computed in a thread while training
+        goes on.
+
+        Args:
+            shadow: build the layout and keep it, so that a change only has to fill it. Holds the memory of
+                both layouts until then.
+
+        Raises:
+            ValueError, MemoryError: the layout is not possible; the present one goes on.
+        """
+        if self.parallel is None:
+            raise RuntimeError("call start() before prepare()")
+        self._begin_trace()
+        parallel = parallel.resolve(self.world.num_workers)
+        local = self.describe()
+        source = self._present_layout(local)
+        self._check_memory(source, parallel, local)
+        roles: tuple[int, ...] = tuple(range(parallel.world_size))
+        self._shadow = None
+        if parallel in self._layouts:
+            roles = self.planning.members(source, self._layouts[parallel])
+        built = self._visit(parallel, roles, build=shadow or parallel not in self._layouts)
+        better = self.planning.members(source, self._layouts[parallel])
+        if better != roles:
+            del built
+            built = self._visit(parallel, better, build=shadow)
+            self.world.forget(roles, parallel)
+        if shadow:
+            self._shadow = ((parallel, better), built)
+        elif built is not None:
+            self._retire(built)
+            del built
+            _free_device_memory()
+        self.planning.plan_ahead(source, self._layouts[parallel], better)
+        self.world.begin_training()
+
+    def _visit(
+        self, parallel: ParallelConfig, members: tuple[int, ...], *, build: bool
+    ) -> TrainingState | None:
+        """Enter a layout's groups, build on them if asked for, and come back. Collective."""
+        home, roles, role = self.parallel, self.world.members, self.role
+        assert home is not None
+        stream = self._megatron.capture_rng() if role is not None else None
+        failure: BaseException | None = None
+        built: TrainingState | None = None
+        local: LocalState | None = None
+        try:
+            with self.trace.timed("groups"):
+                self._enter(parallel, members)
+                self.world.connect()
+            if build and self.role is not None:
+                self._megatron.seed_everything(self.seed)
+                with self.trace.timed("build"):
+                    built = self._build(parallel)
+                local = self._describe(built)
+        except Exception as error:  # reported to all workers, then raised
+            failure = error
+        try:
+            self.world.agree(failure, f"preparing {parallel}")
+            if build:
+                self._layout_in_roles(parallel, local)
+        except Exception:
+            self._enter(home, roles)
+            self.world.forget(members, parallel)
+            raise
+        else:
+            self._enter(home, roles)
+        finally:
+            if stream is not None:
+                self._megatron.restore_rng(stream)
+        return built
+
+    def _begin_trace(self) -> None:
+        if self.trace.spans and self.trace.spans[-1].name == "pause":
+            self.trace.spans.clear()
+
     def reconfigure(self, parallel: ParallelConfig) -> TrainingState | None:
         """Move the whole state to another layout, between two iterations. Collective over all workers.
+
+        The old state is used up: its optimizer holds nothing afterwards.
 
         Returns:
             The new state; None on a worker without a role.
@@ -179,29 +316,34 @@ class Reconfigurator:
             ValueError, MemoryError: the layout is not possible; nothing has changed.
             RuntimeError: another worker failed. The old layout is restored where all workers are alive.
         """
-        old_parallel, old_members = self.parallel, self.world.members
-        if old_parallel is None:
+        if self.parallel is None:
             raise RuntimeError("call start() before reconfigure()")
-        parallel = parallel.resolve(self.world.num_workers)
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "describe"):
+        self._begin_trace()
+        with self.trace.timed("pause"):
+            self._reconfigure(parallel.resolve(self.world.num_workers), (self.parallel, self.world.members))
+        assert self.report is not None
+        self.report.seconds.update(self.trace.seconds("pause"))
+        return self.state
+
+    def _reconfigure(self, parallel: ParallelConfig, home: _Layout) -> None:
+        with self.trace.timed("describe"):
             local = self.describe()
-            source = self.gather(local)
+            source = self._present_layout(local)
             small = self.gather_small()
         held = dict(local.shards) if local is not None else {}
-        self._check_memory(source, parallel, local)
+        if self._shadow is None or self._shadow[0][0] != parallel:
+            self._check_memory(source, parallel, local)
+        del local  # parked tensors must have no other holder
         try:
-            self._change(parallel, source, held, small, seconds)
+            self._change(parallel, source, held, small)
         except Exception as error:
-            self._roll_back(old_parallel, old_members, held, small, error)
+            self._roll_back(parallel, home, held, small, error)
             self.world.begin_training()
             raise
-        # The old model, its gradients and its groups' threads go only with its reference cycles.
         held.clear()
-        del local
-        _free_device_memory()
+        with self.trace.timed("free"):
+            _free_device_memory()
         self.world.begin_training()
-        return self.state
 
     def _check_memory(
         self, source: ParallelTensorCollection, parallel: ParallelConfig, local: LocalState | None
@@ -218,47 +360,41 @@ class Reconfigurator:
         source: ParallelTensorCollection,
         held: dict[Shard, Tensor],
         small: dict[str, Any],
-        seconds: dict[str, float],
     ) -> None:
-        members = tuple(range(parallel.world_size))
-        if self.placement == "optimal" and parallel in self._layouts:
-            with _timed(seconds, "plan"):
-                members = assign_roles(source, self._layouts[parallel], topology=self.hosts())
+        members: tuple[int, ...] = tuple(range(parallel.world_size))
+        if parallel in self._layouts:
+            members = self.planning.members(source, self._layouts[parallel])
         if self.release_source:
-            with _timed(seconds, "park"):
-                held = {shard: tensor.to("cpu", copy=True) for shard, tensor in held.items()}
+            with self.trace.timed("park"):
+                for shard, tensor in held.items():
+                    held[shard] = tensor.to("cpu", copy=True)
+                if self.state is not None:
+                    self._retire(self.state)
                 self.state = None
                 _free_device_memory()
-        with _timed(seconds, "build"):
-            local = self._form(parallel, members, small["iteration"])
-        with _timed(seconds, "plan"):
-            target = _in_role_order(self.gather(local), members)
-            better = self._better_members(source, target, members)
-        if better is not None:
+        local = self._form(parallel, members, small["iteration"])
+        target = self._layout_in_roles(parallel, local)
+        better = self.planning.members(source, target)
+        if better != members:
             # The layout was not known before it was built once: build again, on better placed workers.
-            with _timed(seconds, "build"):
-                local = self._form(parallel, better, small["iteration"])
-                members = better
-                target = _in_role_order(self.gather(local), members)
-        self._layouts[parallel] = target
-        with _timed(seconds, "plan"):
-            plan = plan_reshard(source, target, placement=members, topology=self.hosts())
-            self._agree_on(plan)
+            del local
+            local = self._form(parallel, better, small["iteration"])
+            self.world.forget(members, parallel)
+            target = self._layout_in_roles(parallel, local)
+        plan = self.planning.plan(source, target, better)
+        self._agree_on(plan)
         into = dict(local.shards) if local is not None else {}
-        self._move(plan, source, target, held, into, seconds=seconds)
+        self._move(plan, source, target, held, into)
         if local is not None:
             for padding in local.padding:
                 padding.zero_()
-        self._commit(small, seconds)
+        with self.trace.timed("commit"):
+            if self.state is not None:
+                self.apply_small(small)
+            self.world.agree(None, "committing")
+        shards = _in_worker_order(target, better, self.world.num_workers)
+        self._held = ParallelTensorCollection(target.tensors, shards)
         logger.info("%s: %s", parallel, plan.summary())
-
-    def _better_members(
-        self, source: ParallelTensorCollection, target: ParallelTensorCollection, members: tuple[int, ...]
-    ) -> tuple[int, ...] | None:
-        if self.placement != "optimal":
-            return None
-        better = assign_roles(source, target, topology=self.hosts())
-        return None if better == members else better
 
     def hosts(self) -> Topology | None:
         """The topology, None if all workers are on one host."""
@@ -277,29 +413,19 @@ class Reconfigurator:
         target: ParallelTensorCollection,
         held: dict[Shard, Tensor],
         into: dict[Shard, Tensor],
-        *,
-        seconds: dict[str, float],
     ) -> None:
         wanted = None
         if self.verify:
-            with _timed(seconds, "verify"):
+            with self.trace.timed("verify"):
                 wanted = expected_digests(source, target, plan.placement, held, self.world)
         failure: BaseException | None = None
         try:
-            self.report = execute(
-                plan,
-                held,
-                into,
-                self.transport,
-                staging_bytes=self.staging_bytes,
-            )
-            seconds.update(self.report.seconds)
-            self.report.seconds = seconds
+            self.report = execute(plan, held, into, self.transport, staging_bytes=self.staging_bytes)
         except Exception as error:  # reported to all workers, then raised
             failure = error
         self.world.agree(failure, "moving tensors")
         if wanted is not None:
-            with _timed(seconds, "verify"):
+            with self.trace.timed("verify"):
                 check_target(wanted, target, into, self.world)
 
     def gather_small(self) -> dict[str, Any]:
@@ -323,12 +449,6 @@ class Reconfigurator:
             "rng": [state["rng"] for state in by_role],
             **{name: by_role[0][name] for name in ("iteration", "progress", "extra", "parallel", "order")},
         }
-
-    def _commit(self, small: dict[str, Any], seconds: dict[str, float]) -> None:
-        with _timed(seconds, "commit"):
-            if self.state is not None:
-                self.apply_small(small)
-            self.world.agree(None, "committing")
 
     def apply_small(self, small: dict[str, Any]) -> None:
         """Write what :meth:`gather_small` read to this worker's new state."""
@@ -361,17 +481,21 @@ class Reconfigurator:
 
     def _roll_back(
         self,
-        parallel: ParallelConfig,
-        members: tuple[int, ...],
+        failed: ParallelConfig,
+        home: _Layout,
         held: dict[Shard, Tensor],
         small: dict[str, Any],
         cause: BaseException,
     ) -> None:
         """Rebuild the old layout from the tensors of its shards, which nothing has written to."""
+        parallel, members = home
         logger.warning("change of layout failed (%s); restoring %s", cause, parallel)
         try:
             self.world.agree(None, "looking for all workers")  # fails at once where one is gone
+            entered = self.world.members
             local = self._form(parallel, members, small["iteration"])
+            if (entered, failed) != (members, parallel):
+                self.world.forget(entered, failed)
         except Exception as error:
             raise RuntimeError(
                 f"the old layout could not be restored ({error}); restart and resume from replicas"
@@ -393,12 +517,8 @@ class Reconfigurator:
         parallel = parallel.resolve(self.world.num_workers)
         if parallel not in self._layouts:
             raise ValueError(f"{parallel} has not been built yet; use gpt_layout for a plan without building")
-        source = self.gather(self.describe())
-        target = self._layouts[parallel]
-        members: tuple[int, ...] = tuple(range(target.world_size))
-        if self.placement == "optimal":
-            members = assign_roles(source, target, topology=self.hosts())
-        return plan_reshard(source, target, placement=members, topology=self.hosts())
+        source, target = self._present_layout(self.describe()), self._layouts[parallel]
+        return self.planning.plan(source, target, self.planning.members(source, target))
 
     def snapshot(self) -> int:
         """Write replicas of this worker's state to its own host and ``redundancy`` others. Collective.
@@ -416,13 +536,14 @@ def _in_role_order(gathered: ParallelTensorCollection, members: tuple[int, ...])
     return ParallelTensorCollection(gathered.tensors, [gathered.shards[worker] for worker in members])
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+def _in_worker_order(
+    layout: ParallelTensorCollection, members: Sequence[int], num_workers: int
+) -> list[tuple[Shard, ...]]:
+    """Shards of worker w at index w."""
+    shards: list[tuple[Shard, ...]] = [()] * num_workers
+    for role, worker in enumerate(members):
+        shards[worker] = layout.shards[role]
+    return shards
 
 
 def _free_device_memory() -> None:

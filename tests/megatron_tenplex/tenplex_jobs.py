@@ -279,3 +279,67 @@ def scheduled(store, worker, workers, job, layout, changes, iterations):
         curve.append(job.step(state, elastic.parallel) if state is not None else None)
         state = schedule.at_boundary(elastic)
     return curve
+
+
+def prepared(store, worker, workers, job, before, after, shadow):
+    """A change that was prepared two steps ahead, and the steady run; what was timed, what was computed."""
+    quiet()
+    world = World(store, worker, workers)
+    found = {}
+    for name in ("steady", "elastic"):
+        elastic = Reconfigurator(job, world=world, verify=True)
+        state = elastic.start(ParallelConfig.parse(before))
+        curve = [job.step(state, elastic.parallel) for _ in range(2)]
+        if name == "elastic":
+            elastic.prepare(ParallelConfig.parse(after), shadow=shadow)
+            curve += [job.step(state, elastic.parallel) for _ in range(2)]
+            elastic.planning.wait()
+            found["computed"] = [elastic.planning.computed]
+            state = elastic.reconfigure(ParallelConfig.parse(after))
+            found["spans"] = [(s.name, s.began, s.ended) for s in elastic.trace.spans]
+            elastic.prepare(ParallelConfig.parse(before))
+            elastic.prepare(ParallelConfig.parse(before))  # the same layouts: nothing to compute
+            elastic.planning.wait()
+            found["computed"].append(elastic.planning.computed)
+        curve += [job.step(state, elastic.parallel) for _ in range(6 - len(curve))]
+        found[name] = curve
+    return found
+
+
+def badly_prepared(store, worker, workers, job, before, after):
+    """A preparation in which one worker fails to build, then a step, then a change that works."""
+    quiet()
+    world = World(store, worker, workers, timeout=6)
+    builds = []
+
+    def build(parallel):
+        builds.append(parallel)
+        if worker == 1 and len(builds) == 2:
+            raise ValueError("no such model")
+        return job(parallel)
+
+    elastic = Reconfigurator(build, world=world, verify=True)
+    state = elastic.start(ParallelConfig.parse(before))
+    curve = [job.step(state, elastic.parallel) for _ in range(2)]
+    try:
+        elastic.prepare(ParallelConfig.parse(after))
+        said = "no error"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
+    curve.append(job.step(state, elastic.parallel))
+    state = elastic.reconfigure(ParallelConfig.parse(after))
+    curve.append(job.step(state, elastic.parallel))
+    return said, curve
+
+
+def threads_after_changes(store, worker, workers, job, layouts, kept):
+    """Number of threads of this process after each layout."""
+    quiet()
+    elastic = Reconfigurator(job, world=World(store, worker, workers, kept_groups=kept))
+    counts = []
+    for number, text in enumerate(layouts):
+        parallel = ParallelConfig.parse(text)
+        state = elastic.reconfigure(parallel) if number else elastic.start(parallel)
+        job.step(state, elastic.parallel)
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts

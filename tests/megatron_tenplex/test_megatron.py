@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ TOURS = {
 @pytest.fixture(scope="module", params=list(TOURS))
 def toured(request):
     workers, job, layouts, steps = TOURS[request.param]
-    last = 20 if request.param == "gated" else None
-    return run_world(workers, jobs.tour, job, layouts, steps, last, timeout=150)
+    last = 20 if request.param == "buckets" else None
+    return run_world(workers, jobs.tour, job, layouts, steps, last, timeout=400)
 
 
 def test_tx01_losses_equal_the_uninterrupted_run(toured):
@@ -147,6 +148,44 @@ def test_tx10_a_failed_change_leaves_the_old_layout(how, said):
             assert max(abs(a[0] - b[0]) for a, b in zip(curve, steady, strict=True)) <= 2e-6
         if how == "memory":
             assert builds == 1  # nothing was built, nothing moved
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_tx22_a_prepared_change_plans_before_its_pause(shadow):
+    # TX-29 with a shadow: the new model, too, is built while training goes on.
+    results = run_world(2, jobs.prepared, GPTJob(), "tp=2", "pp=2", shadow, timeout=200)
+    loss, norm = jobs.differences(results)
+    assert loss <= 2e-6
+    assert norm <= 2e-5
+    for found in results:
+        *before, (name, began, _) = found["spans"]
+        assert name == "pause"
+        ahead = {span[0] for span in before if span[2] <= began}
+        within = {span[0] for span in before if span[1] >= began}
+        assert len(before) == sum(span[2] <= began or span[1] >= began for span in before)
+        assert {"plan", "groups", "build"} <= ahead
+        assert "plan" not in within
+        assert ("build" in within) != shadow
+        assert found["computed"] == [1, 2]
+
+
+def test_tx22_a_failed_preparation_leaves_training_as_it_was():
+    results = run_world(2, jobs.badly_prepared, GPTJob(), "tp=2", "pp=2", timeout=200)
+    steady = run_world(2, jobs.tour, GPTJob(), ["tp=2"], 4, timeout=200)[0]["steady"]
+    for said, curve in results:
+        assert "no such model" in said
+        assert max(abs(a[0] - b[0]) for a, b in zip(curve, steady, strict=True)) <= 2e-6
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to count threads")
+@pytest.mark.parametrize("kept", [0, 3])
+def test_tx12_threads_do_not_grow_with_the_number_of_changes(kept):
+    layouts = ["tp=2", "pp=2", "dp=2", "tp=2", "pp=2", "dp=2", "tp=2"]
+    job = GPTJob(GPTShape(2, 32, 4, 128), global_batch_size=2)  # fp32: its optimizer hides a cycle
+    for counts in run_world(2, jobs.threads_after_changes, job, layouts, kept, timeout=300):
+        of_one_layout = counts[0]
+        assert max(counts) <= (1 + kept) * of_one_layout
+        assert counts[-1] <= counts[3]
 
 
 def test_tx16_the_analytic_layout_is_that_of_the_real_model():

@@ -28,6 +28,7 @@ class GPTJob:
         sequence_parallel: in layouts with tp > 1.
         learning_rate: decays linearly over 1000 steps, so that a lost scheduler state shows.
         padded_vocab: pad the vocabulary to a multiple of 128 times tp, as Megatron does.
+        initialize: draw initial weights; not needed where a change or a load writes all of them.
     """
 
     shape: GPTShape = field(default=GPTShape(4, 64, 4, 128))
@@ -42,6 +43,7 @@ class GPTJob:
     dropout: float = 0.0
     bucket_size: int | None = None
     padded_vocab: bool = False
+    initialize: bool = True
 
     def __call__(self, parallel: ParallelConfig) -> TrainingState:
         """Build model, optimizer and scheduler on Megatron's present groups."""
@@ -141,6 +143,7 @@ class GPTJob:
             bf16=bf16,
             hidden_dropout=self.dropout,
             attention_dropout=self.dropout,
+            perform_initialization=self.initialize,
             use_cpu_initialization=not torch.cuda.is_available(),
             gradient_accumulation_fusion=False,
             bias_activation_fusion=False,

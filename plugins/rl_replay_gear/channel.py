@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rl_replay_gear.spec import TableSpec
-from rl_replay_gear.table import TrajectoryTable, check_trajectory
+from rl_replay_gear.table import TrajectoryTable, check_priority, check_trajectory
 
 _HEADER = 128  # head at byte 0 (written by the actor), tail at byte 64 (written by the reader)
 _RECORD = 24  # bytes, steps, priority (NaN: none)
@@ -137,6 +137,7 @@ class SharedMemorySink:
             KeyError, ValueError: as in ``TrajectoryTable.write``; also a trajectory larger than the ring.
             TimeoutError: the reader made no room in ``timeout`` seconds.
         """
+        check_priority(priority)  # here, since the reader could not refuse one record and take the next
         tensors, steps = check_trajectory(self.spec, columns)
         size = _record_bytes(self.spec, steps)
         if size > self._capacity:

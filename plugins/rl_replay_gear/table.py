@@ -139,8 +139,7 @@ class TrajectoryTable:
             TimeoutError: the limiter let no write through in time.
         """
         tensors, num_steps = check_trajectory(self.spec, columns)
-        if priority is not None:
-            _check_priorities(np.array([priority], np.float64))
+        check_priority(priority)
         if self.limiter is not None:
             self.limiter.wait_insert()
         with self.lock:
@@ -569,6 +568,12 @@ def check_trajectory(
 
 def _too_long(steps: int, max_steps: int) -> str:
     return f"trajectory of {steps} steps is longer than max_steps={max_steps}"
+
+
+def check_priority(priority: float | None) -> None:
+    """ValueError unless a priority is None or finite and >= 0."""
+    if priority is not None:
+        _check_priorities(np.array([priority], np.float64))
 
 
 def _check_priorities(values: np.ndarray) -> None:

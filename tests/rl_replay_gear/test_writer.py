@@ -208,6 +208,10 @@ def test_gr21_a_torn_record_is_never_published():
             "a": torch.zeros(40, dtype=torch.int64),
             "h": torch.zeros(40, dtype=torch.bfloat16),
         }
+        for bad in (float("nan"), -1.0):
+            with pytest.raises(ValueError, match="priorities must be finite and >= 0"):
+                sink.write(block, priority=bad)
+        assert channel.drain(table) == 0
         for _ in range(5):
             sink.write(block)
         with pytest.raises(TimeoutError, match="made no room"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rl_replay_gear.spec import TableSpec
-from rl_replay_gear.table import TrajectoryTable, check_trajectory
+from rl_replay_gear.table import TrajectoryTable, check_priority, check_trajectory
 
 try:
     import ray
@@ -74,6 +74,7 @@ class RaySink:
         self, columns: Mapping[str, Any], *, priority: float | None = None, retry_s: float = 0.05
     ) -> None:
         """Send one trajectory, waiting while the inbox is full; raises as ``TrajectoryTable.write`` does."""
+        check_priority(priority)
         tensors, _ = check_trajectory(self.spec, columns)
         copies = {name: torch.clone(tensor) for name, tensor in tensors.items()}
         reference = ray.put(copies)

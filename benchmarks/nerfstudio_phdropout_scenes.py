@@ -137,6 +137,7 @@ def judge(job: Any) -> None:
         "parameters": sum(p.numel() for p in pipeline.model.parameters()),
         "ratios": measured.ratios,
         "scores": {},
+        "failed": {},
     }
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(plain.shape, generator=generator).to(plain.device) * 0.1
@@ -149,8 +150,15 @@ def judge(job: Any) -> None:
         "random": lambda: (plain, noise),
     }
     for name, estimate in {**first, **extra, **chosen}.items():
-        with torch.no_grad():
-            mean, sigma = estimate()
+        try:
+            with torch.no_grad():
+                mean, sigma = estimate()
+        except Exception as error:  # the other arms go on, unless the process is spoilt
+            if "CUDA error" in repr(error):
+                raise
+            traceback.print_exc()
+            result["failed"][name] = repr(error)[:300]
+            continue
         result["scores"][name] = arms.score(mean, sigma, targets, masks, plain=plain)
         maps[f"sigma: {name}"] = sigma[view].mean(-1).cpu().numpy()
         if name == FUSED[job.kind]:

@@ -274,3 +274,24 @@ def test_items_without_a_score_are_named(tmp_path):
     row = compare(tmp_path / "a").row("exact_match", "fast")
     assert row.estimate.n == 6
     assert row.reason == "2 of 8 items have no score in one of the arms and are left out"
+
+
+def test_sentences_name_headline_axes_and_count_the_others(tmp_path):
+    """Of two gains only the headline one is in the sentence; where none is, all are."""
+    plain = {**PLAIN, "values": {"s_mbu": [0.2] * 4, "loss": [1.0] * 4}}
+    quick = {"wall": [wall / 4 for wall in PLAIN["wall"]], "usd": 0.002}
+    arms = {
+        "plain": plain,
+        "fast": {**quick, "values": {"s_mbu": [0.8] * 4, "loss": [1.0] * 4}},
+        "busy": {**PLAIN, "values": {"s_mbu": [0.8] * 4, "loss": [1.0] * 4}},
+    }
+    folder = write_run(tmp_path, arms)
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    header = json.loads(lines[0])
+    header["config"]["compare"]["confidence"] = 0.5
+    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    comparison = compare(folder)
+    fast, busy = tell(comparison, "fast"), tell(comparison, "busy")
+    assert len(fast.gains) == 3
+    assert fast.gain == "4.00× the throughput and 0.25× the cost per unit of work (1 more below)"
+    assert busy.gains == (busy.gain,) == ("4.00× the bandwidth use (S-MBU)",)

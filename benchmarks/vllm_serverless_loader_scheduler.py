@@ -2,10 +2,11 @@
 
 python benchmarks/vllm_serverless_loader_scheduler.py [--out FOLDER] [--quick]
 
-Four policies on the same traces, servers and host caches: random, load only (first free server), locality
-only (cheapest server, waits while it is full) and start-up time with and without migration. All see the same
-estimators, reuse idle instances and evict the least recently used ones in the same way. Decisions are timed
-in processor time on nearly full clusters of 4 to 400 servers with 4 GPUs.
+Policies on the same traces, servers and host caches: random, load only (first free server), locality only
+(cheapest server, waits while it is full) and start-up time without migration, with it, and with bytes that go
+to host memory while instances are moved away (staging). All see the same estimators, reuse idle instances and
+evict the least recently used ones in the same way. Decisions are timed in processor time on nearly full
+clusters of 4 to 400 servers with 4 GPUs.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ POLICIES: dict[str, Callable[[dict[str, ModelInfo]], Any]] = {
     "locality only": LocalityPolicy,
     "start-up time, no migration": lambda models: StartupTimePolicy(models, migration=False),
     "start-up time": StartupTimePolicy,
+    "start-up time, staging": lambda models: StartupTimePolicy(models, staging=True),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def convert(
             ``"full"``, which has neither.
         FileNotFoundError: no weights in ``model``.
         FileExistsError: ``out`` holds a checkpoint already.
-        OSError: the disk is full; what was written is removed.
+        OSError: the disk is full; a new ``out`` is removed.
     """
     source, target = Path(model), Path(out)
     if layout not in ("full", "vllm"):
@@ -54,14 +55,19 @@ def convert(
         raise ValueError(f"{target} is the model itself; choose another directory for the checkpoint")
     if target.is_dir() and any(target.glob("partition-*.json")):
         raise FileExistsError(f"{target} holds a checkpoint already; remove it or choose another directory")
+    is_new = not target.exists()
     with open_checkpoint(source) as checkpoint:
-        if layout == "vllm":
-            from vllm_serverless_loader.vllm_loader import convert_in_vllm
+        try:
+            if layout == "vllm":
+                from vllm_serverless_loader.vllm_loader import convert_in_vllm
 
-            convert_in_vllm(source, target, tensor_parallel_size, dtype, engine_arguments or {})
-            return target
-        tensors = checkpoint.load().tensors
-        key = CheckpointKey(layout="full", model=model_digest(source))
-        write_partition(target, tensors, key=key, chunk_bytes=chunk_bytes)
-    copy_other_files(source, target)
+                convert_in_vllm(source, target, tensor_parallel_size, dtype, engine_arguments or {})
+            else:
+                key = CheckpointKey(layout="full", model=model_digest(source))
+                write_partition(target, checkpoint.load().tensors, key=key, chunk_bytes=chunk_bytes)
+                copy_other_files(source, target)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(target, ignore_errors=True)
+            raise
     return target

@@ -52,7 +52,7 @@ class HostMemoryResolver(LoRAResolver):
             place = await asyncio.to_thread(self._place, path)
             if not (place / CONFIG).is_file():
                 raise FileNotFoundError(f"{place} is not visible from this process")
-        except (OSError, MemoryError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             logger.warning("serverless_llm: adapter %s is read from disk: %s", lora_name, error)
             place = path
         # The server numbers adapters itself and overwrites the id.

@@ -117,6 +117,23 @@ def test_sl22_bad_input_is_named_before_anything_is_written(arguments, message, 
     assert sorted(MODEL.iterdir()) == before
 
 
+def test_sl22_a_conversion_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
+    from vllm_serverless_loader import conversion
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "copy_other_files", full)
+    out = tmp_path / "out"
+    assert main(["convert", str(MODEL), str(out), "--layout", "full"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert main(["convert", str(MODEL), str(out), "--layout", "full"]) == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.vllm
 def test_sl22_doctor(converted, capsys, monkeypatch):
     assert main(["doctor", "--model", str(converted), "--extra-config", '{"io_threads": 2}']) == 0

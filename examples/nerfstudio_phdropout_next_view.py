@@ -3,7 +3,8 @@
     python examples/nerfstudio_phdropout_next_view.py
 
 Half an orbit of views is known; the Gaussians are the surface points those views see. Views of the other side
-get the larger sigma and are proposed first.
+get the larger sigma and are proposed first. The plain sigma is 0 in holes, where nothing can be dropped, so
+views are scored by sigma before a background of which nothing is known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nerfstudio_phdropout import next_best_views, rasterization_moments, view_score
+from nerfstudio_phdropout import (
+    next_best_views,
+    rasterization_moments,
+    unknown_background_std,
+    view_score,
+)
 from nerfstudio_phdropout.synthetic import CAMERA_ANGLE, camera_to_world, write_scene
 
 SIZE = 48
@@ -50,8 +56,9 @@ def main() -> None:
             **gaussians, viewmats=torch.from_numpy(view).float()[None], Ks=Ks, width=SIZE, height=SIZE,
             dropout_ratio=0.05,
         )  # fmt: skip
-        scores.append(view_score(moments.std))
-        print(f"azimuth {azimuth:3d}: mean sigma {scores[-1]:.4f}")
+        scores.append(view_score(unknown_background_std(moments)))
+        plain = view_score(moments.std)
+        print(f"azimuth {azimuth:3d}: mean sigma {scores[-1]:.4f}, without holes {plain:.4f}")
     print("capture next:", [azimuths[i] for i in next_best_views(scores, 3)])
 
 

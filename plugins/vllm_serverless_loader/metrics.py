@@ -36,6 +36,9 @@ def record(report: LoadReport, *, model: str, rank: int) -> None:
         report: of one rank's load.
         model: as it is to be labelled.
         rank: of the process among those of the engine.
+
+    Raises:
+        OSError: the totals cannot be published.
     """
     import psutil
 
@@ -56,6 +59,8 @@ def record(report: LoadReport, *, model: str, rank: int) -> None:
         }
         place = folder()
         place.mkdir(mode=0o700, exist_ok=True)
+        if place.stat().st_uid != os.getuid():
+            raise PermissionError(f"{place} belongs to another user; remove it")
         path = place / f"{os.getpid()}.json"
         if not path.exists():
             atexit.register(path.unlink, missing_ok=True)

@@ -162,7 +162,10 @@ class ServerlessLoader(BaseModelLoader):
                 self._default.load_weights(model, model_config)
             report = self._report(opened, time.perf_counter() - begin)
         self._log(report, rank, opened)
-        record(report, model=str(getattr(model_config, "served_model_name", "") or folder), rank=rank)
+        try:
+            record(report, model=str(getattr(model_config, "served_model_name", "") or folder), rank=rank)
+        except OSError as error:
+            logger.warning("serverless_llm: /metrics will not show this load: %s", error)
 
     def _report(self, opened: Checkpoint | CachedModel, seconds: float) -> LoadReport:
         """What the load did; a model that the store had to read first has come from disk."""

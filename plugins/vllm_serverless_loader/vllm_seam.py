@@ -45,6 +45,21 @@ def continuation(request: RequestState) -> dict[str, Any]:
 class OutputPenalties(AdapterLogitsProcessor):
     """vLLM's penalties for requests whose prompt ends with output (see :func:`continuation`)."""
 
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse values that are not of :func:`continuation`, before they reach the engine.
+
+        Raises:
+            ValueError: the key is ours, the value is not.
+        """
+        given = (sampling_params.extra_args or {}).get(_EXTRA)
+        if given is None:
+            return
+        kinds = {"prompt_tokens": int, "presence": float, "frequency": float, "repetition": float}
+        is_ours = isinstance(given, dict) and given.keys() == kinds.keys()
+        if not is_ours or any(type(given[name]) is not kind for name, kind in kinds.items()):
+            raise ValueError(f"extra_args[{_EXTRA!r}] is set by migrations alone, got {given!r}")
+
     def is_argmax_invariant(self) -> bool:
         """Penalties change which token is the most likely one."""
         return False

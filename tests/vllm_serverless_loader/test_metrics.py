@@ -79,3 +79,10 @@ def test_sl25_foreign_and_damaged_files_are_passed_over(place):
 def test_sl25_no_time_is_no_rate(place):
     metrics.record(LoadReport(0, 0.0, "host", {"host": 0}), model="empty", rank=0)
     assert [rank["rate"] for rank in metrics.published() if rank["model"] == "empty"] == [{}]
+
+
+def test_sl25_folder_of_another_user_is_refused(place, monkeypatch):
+    monkeypatch.setattr(metrics.os, "getuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        metrics.record(LoadReport(0, 1.0, "host", {"host": 0}), model="m", rank=0)
+    assert list(place.iterdir()) == []

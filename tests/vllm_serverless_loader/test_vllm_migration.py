@@ -13,7 +13,7 @@ import pytest
 
 from vllm_serverless_loader import MigrationError, RequestState, TokenRouter
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 MODEL = str(Path("examples/tiny_moe/model").resolve())
 BLOCK = 32
@@ -97,6 +97,36 @@ async def check_sl26(source, destination, plain):
     assert source.carries == {"stop", "presence_penalty", "frequency_penalty"}
 
 
+def test_sl26_penalties_of_a_continuation():
+    """The whole output counts, on whichever side of the seam it is; against the formula by hand."""
+    import torch
+    from vllm import SamplingParams
+
+    from vllm_serverless_loader.vllm_seam import OutputPenalties, continuation
+
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 2.0}
+    plain = RequestState("r", (1, 2), sampling={**penalties, "extra_args": {"mine": 1}})
+    assert continuation(plain) == dict(plain.sampling)  # nothing was generated: vLLM does it itself
+    sampling = continuation(RequestState("r", (1, 2), (3, 3), sampling=plain.sampling))
+    params = SamplingParams(**sampling)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0, 0, 1)
+    assert params.extra_args["mine"] == 1
+    OutputPenalties.validate_params(params)
+
+    processor = OutputPenalties.__new__(OutputPenalties)
+    assert processor.new_req_logits_processor(SamplingParams()) is None
+    logits = torch.tensor([1.0, 1.0, -1.0, 4.0, 1.0, -1.0])
+    found = processor.new_req_logits_processor(params)([1, 2, 3, 3], [3, 4], logits.clone())
+    # Seen: 1 and 2 in the prompt, 3 three times and 4 once in the output.
+    expected = torch.tensor([1.0, 0.5, -2.0, 2.0 - 0.75 - 0.5, 0.5 - 0.25 - 0.5, -1.0])
+    assert torch.equal(found, expected)
+
+    for bad in (5, {}, {**sampling["extra_args"]["serverless_loader_penalties"], "prompt_tokens": "2"}):
+        with pytest.raises(ValueError, match="set by migrations alone"):
+            OutputPenalties.validate_params(SamplingParams(extra_args={"serverless_loader_penalties": bad}))
+
+
+@pytest.mark.slow
 def test_sl14_real_engines_move_streams_and_survive_failures():
     """One test, because two engines take long to start; the steps are in order of how much they break."""
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         System,
         Workload,
     )
+    from moecap_eval.workload_tools import ConfiguredSystem, Stopwatch, read_options, seeded_items
 
 _EXPORTS = {
     "workload": (
@@ -57,6 +58,7 @@ _EXPORTS = {
         "System",
         "Workload",
     ),
+    "workload_tools": ("ConfiguredSystem", "Stopwatch", "read_options", "seeded_items"),
     "registry": ("list_workloads", "load_workload"),
     "config": ("CompareConfig", "HardwareConfig", "RunConfig", "load_config", "parse_config"),
     "runner": ("RunSummary", "block_order", "run"),
@@ -90,6 +92,7 @@ __all__ = [
     "Breakdown",
     "CompareConfig",
     "Comparison",
+    "ConfiguredSystem",
     "CostModel",
     "Estimate",
     "Figure",
@@ -110,6 +113,7 @@ __all__ = [
     "RunSummary",
     "Sample",
     "StepRecord",
+    "Stopwatch",
     "System",
     "Workload",
     "block_order",
@@ -132,10 +136,12 @@ __all__ = [
     "parse_config",
     "poisson_arrivals",
     "ratio_of_sums",
+    "read_options",
     "read_records",
     "run",
     "s_mbu",
     "s_mfu",
+    "seeded_items",
     "step_bytes",
     "step_flops",
     "wilson_interval",

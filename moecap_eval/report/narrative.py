@@ -157,7 +157,7 @@ def recommend(comparison: Comparison) -> Recommendation:
         if story.accuracy_open
     )
     tips = unsettled + tuple(
-        f"Choose {story.arm} only if {story.gain} is worth {story.loss} to you."
+        f"Choose {story.arm} only if {story.gain} {_is(story.gain)} worth {story.loss} to you."
         for story in stories
         if story.outcome == "trade-off"
         and not (winners and _dominated(comparison, story.arm, winners[0].arm))
@@ -310,6 +310,10 @@ def _improvement(comparison: Comparison, arm: str) -> float:
         if factor is not None:
             logs.append(math.log(factor))
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def _is(phrases: str) -> str:
+    return "are" if " and " in phrases else "is"
 
 
 def _join(phrases: Sequence[str]) -> str:

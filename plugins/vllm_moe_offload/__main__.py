@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm_moe_offload.config import POLICIES
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -25,17 +27,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replay = commands.add_parser("replay", help="replay a recorded routing trace through eviction policies")
     replay.add_argument("trace", help=".npz written by RoutingTrace.save")
     replay.add_argument("--residency", type=float, nargs="+", default=[0.06, 0.12, 0.25, 0.5])
-    replay.add_argument("--policy", nargs="+", default=["lru", "lfu", "least_stale", "eam", "belady"])
+    replay.add_argument(
+        "--policy",
+        nargs="+",
+        default=["lru", "lfu", "least_stale", "eam", "belady"],
+        choices=[*POLICIES, "belady"],
+        metavar="POLICY",
+        help=f"of {', '.join(POLICIES)} and belady, the bound of all; default: most of them",
+    )
     replay.add_argument("--prefetch", default="none", choices=["none", "eam", "oracle"])
     replay.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     trace = commands.add_parser("trace", help="describe a recorded routing trace, or watch running engines")
     trace.add_argument("trace", nargs="?", help=".npz written by RoutingTrace.save")
     trace.add_argument("--live", action="store_true", help="show this user's running engines instead")
     trace.add_argument("--seconds", type=float, help="with --live: stop after so long")
+    trace.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)
     try:
         return {"doctor": _doctor, "replay": _replay, "trace": _trace}[options.command](options)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        where = f"cannot read {error.filename}: " if error.filename else ""
+        print(f"vllm-moe-offload: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"vllm-moe-offload: {error}", file=sys.stderr)
         return 2
 
@@ -87,22 +101,30 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from vllm_moe_offload.trace import RoutingTrace
+    from vllm_moe_offload.trace import RoutingTrace, kept_experts
 
+    if options.live == (options.trace is not None):
+        raise ValueError("trace: give a recorded trace, or --live")
+    if options.seconds is not None and not options.seconds >= 0:
+        raise ValueError(f"trace: --seconds must be 0 or more, got {options.seconds}")
     if options.live:
         return _watch(options.seconds)
-    if options.trace is None:
-        raise ValueError("trace: give a recorded trace, or --live")
     trace = RoutingTrace.load(options.trace)
-    summary = {
+    summary: dict[str, Any] = {
         "tokens": len(trace.request),
         "requests": len(trace.request_ids or ()),
         "steps": len(set(trace.step.tolist())),
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "top_k": trace.top_k,
+        "kept_from_token_to_token": kept_experts(trace),
     }
-    print(json.dumps(summary))
+    if options.json:
+        print(json.dumps(summary))
+        return 0
+    for name, value in summary.items():
+        shown = f"{value:.3f}" if isinstance(value, float) else "-" if value is None else f"{value:,}"
+        print(f"{name.replace('_', ' '):<26}{shown:>12}")
     return 0
 
 

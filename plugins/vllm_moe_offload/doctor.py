@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
 import json
 import os
@@ -42,7 +44,7 @@ def diagnose(options: object = None, model: str | os.PathLike[str] | None = None
     if options is not None:
         checks.append(("options", lambda: _check_options(options)))
     if model is not None:
-        checks.append(("model", lambda: _check_model(Path(model))))
+        checks.append(("model", lambda: _check_model(Path(model), options)))
     return [f"{name}: {check()}" for name, check in checks]
 
 
@@ -89,18 +91,26 @@ def _check_registration() -> str:
 
 
 def _check_options(options: object) -> str:
-    if isinstance(options, Mapping) and NAME in options:
-        options = options[NAME]
-    elif isinstance(options, Mapping) and not options:
-        raise _inactive(f"additional_config has no key {NAME!r}")
-    try:
-        MoEOffloadConfig.from_dict(options)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise Problem(str(error)) from error
+    _config_of(options)
     return "valid"
 
 
-def _check_model(folder: Path) -> str:
+def _config_of(options: object) -> MoEOffloadConfig:
+    if isinstance(options, Mapping) and NAME in options:
+        options = options[NAME]
+    elif isinstance(options, Mapping):
+        known = {field.name for field in dataclasses.fields(MoEOffloadConfig)}
+        # One of our own options, though perhaps misspelt, tells that these are the plugin's.
+        if not any(difflib.get_close_matches(str(name), known, n=1) for name in options):
+            found = f" (found {', '.join(map(str, options))})" if options else ""
+            raise _inactive(f"additional_config has no key {NAME!r}{found}")
+    try:
+        return MoEOffloadConfig.from_dict(options)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise Problem(str(error)) from error
+
+
+def _check_model(folder: Path, options: object) -> str:
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -111,5 +121,20 @@ def _check_model(folder: Path) -> str:
     text = config.get("text_config", config)
     for name in _EXPERT_COUNTS:
         if isinstance(text.get(name), int) and text[name] > 1:
+            _check_slots(text, text[name], options)
             return f"{text[name]} experts a layer ({name})"
     raise _inactive(f"the model in {folder} has no routed experts (none of {', '.join(_EXPERT_COUNTS)})")
+
+
+def _check_slots(text: Mapping[str, Any], num_experts: int, options: object) -> None:
+    """Refuse too few slots, as far as the model's config tells: not all of its layers need have experts."""
+    top_k, layers = text.get("num_experts_per_tok"), text.get("num_hidden_layers")
+    if options is None or not (isinstance(top_k, int) and isinstance(layers, int)):
+        return
+    config = _config_of(options)
+    if config.cache_size is not None:
+        return  # the size of an expert is not in the config
+    try:
+        config.num_slots(layers, num_experts, top_k, 1)
+    except ValueError as error:
+        raise Problem(str(error).partition(" (")[0] + " are needed") from error

@@ -109,6 +109,19 @@ def count_experts(expert_ids: npt.NDArray[np.integer], num_experts: int) -> npt.
     return np.bincount(keys.reshape(-1), minlength=layers * num_experts).reshape(layers, num_experts)
 
 
+def kept_experts(trace: RoutingTrace) -> float | None:
+    """Share of a token's experts that its request's token before it used at the same layer; None without any.
+
+    Random routing gives ``top_k / num_experts``; the more it is, the more any cache of recent experts hits.
+    """
+    shares = []
+    for request in range(len(trace.request_ids or ())):
+        ids = trace.expert_ids[trace.request == request]
+        if len(ids) > 1:
+            shares.append((ids[1:, :, :, None] == ids[:-1, :, None, :]).any(axis=3).reshape(-1))
+    return float(np.concatenate(shares).mean()) if shares else None
+
+
 class TraceRecorder:
     """Collects routing layer by layer while an engine runs."""
 

@@ -18,7 +18,7 @@ from moecap_eval.engines.lanes import HostLane
 
 LAYERS, EXPERTS, TOP_K, MAX_ROWS, GRAPH_ROWS = 2, 6, 2, 16, 4
 RING_ROWS = 90
-EAGER_OPERATIONS, REPLAYED_CALLS = 10, 16  # of a recorded pass, on the host
+EAGER_OPERATIONS, REPLAYED_CALLS = 10, 6  # of a recorded pass, on the host
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -292,12 +292,12 @@ def test_cap08_overflow_of_the_ring_itself_overwrites_nothing() -> None:
 
 
 def host_cost(work: Callable[[], None]) -> tuple[int, int]:
-    """Operations on tensors that ``work`` dispatches, and calls of Python or C functions it makes."""
+    """Operations on tensors that ``work`` dispatches, and Python functions it calls."""
     calls = 0
 
     def count(frame, event: str, argument) -> None:
         nonlocal calls
-        calls += event in ("call", "c_call")
+        calls += event == "call"
 
     sys.setprofile(count)
     try:
@@ -306,7 +306,7 @@ def host_cost(work: Callable[[], None]) -> tuple[int, int]:
         sys.setprofile(None)
     with Graph() as operations:
         work()
-    return len(operations.nodes), calls - 2  # `work` itself and the last setprofile
+    return len(operations.nodes), calls - 1  # without `work` itself
 
 
 @pytest.mark.parametrize("layers", [2, 24, 61])

@@ -266,7 +266,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     for title, panel in lines[1][1:] + lines[2][1:]:
         word = title.split()[0]
         tops[word] = max(tops[word], float(panel.quantile(0.995)))
-    figure, axes = plt.subplots(3, len(lines[0]), figsize=(1.6 * len(lines[0]), 5.2))
+    figure, axes = plt.subplots(3, len(lines[0]), figsize=(1.6 * len(lines[0]), 5.6))
     for row, line in zip(axes, lines, strict=True):
         for axis, (title, panel) in zip(row, line, strict=True):
             axis.axis("off")
@@ -275,7 +275,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             colors = {"cmap": "magma" if word == "error" else "viridis", "vmin": 0, "vmax": tops.get(word)}
             kwargs = colors if word in tops else {}
             axis.imshow(panel.clamp(0, 1).numpy(), interpolation="nearest", **kwargs)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, h_pad=1.0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

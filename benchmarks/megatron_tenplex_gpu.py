@@ -3,9 +3,10 @@
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 benchmarks/megatron_tenplex_gpu.py --budget 90 --out DIR
 
 Stages (``--only`` picks), all of which rewrite the result file so that a cut-off keeps what is done: link
-peak (NCCL send and receive of one contiguous tensor), the six directions at full size, losses of a small
-model over 20 steps after each direction against the uninterrupted run, torch_dist through /dev/shm. Needs
-megatron-core (a Python 3.12 wheel exists); no TransformerEngine, no Apex.
+peak (NCCL send and receive of one contiguous tensor), the six directions at full size (the first round makes
+groups and layouts, the second is as it comes, the third is prepared ahead), torch_dist through /dev/shm, a
+DeepSpeed engine on 2, 1 and 2 ranks, losses of a small model over 20 steps after each direction against the
+uninterrupted run. Needs megatron-core (a Python 3.12 wheel exists); no TransformerEngine, no Apex.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -147,90 +149,102 @@ def losses(run: Run, precision: str, steps: int) -> None:
 
 
 def directions(run: Run, job: GPTJob, rounds: int) -> None:
-    """All six directions, ``rounds`` times; the first round also builds each layout for the first time."""
-    elastic = Reconfigurator(job, world=WORLD, staging_bytes=1 << 30)
+    """All six directions in three rounds or more: first visit, as it comes, prepared with a shadow."""
+    built: list[ParallelConfig] = []
+
+    def build(parallel):
+        built.append(parallel)
+        return replace(job, initialize=len(built) == 1)(parallel)
+
+    elastic = Reconfigurator(build, world=WORLD, staging_bytes=1 << 30)
+    begun = time.perf_counter()
     state = elastic.start(ParallelConfig.parse(TOUR[0]), resume=False)
+    say(f"start {time.perf_counter() - begun:.2f} s")
+    begun = time.perf_counter()
     job.step(state, elastic.parallel)
-    parameters = job.shape.num_parameters
-    run.more["parameters"] = parameters
+    synchronize()
+    say(f"first step {time.perf_counter() - begun:.2f} s")
+    run.more["parameters"] = job.shape.num_parameters
     rows = run.more["directions"]
-    for turn in range(rounds + 1):
+    kinds = ["first", *(["as it comes", "prepared"] * rounds)]
+    for turn, kind in enumerate(kinds):
         for before, after in pairwise(TOUR):
             if turn and run.left() < 8:
                 run.more["note"] = f"stopped by the budget in round {turn}"
                 summarise(run)
                 return
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            synchronize()
-            dist.barrier()
-            del state
-            started = time.perf_counter()
-            state = elastic.reconfigure(ParallelConfig.parse(after))
-            synchronize()
-            pause = time.perf_counter() - started
-            started = time.perf_counter()
-            loss, _ = job.step(state, elastic.parallel)
-            synchronize()
-            first_step = time.perf_counter() - started
-            report = elastic.report
-            mine = [report.sent_bytes, report.received_bytes, report.seconds["move"], pause]
-            everyone = WORLD.all_gather_json(mine)
-            busiest = max(max(sent, received) for sent, received, *_ in everyone)
-            move = max(m for *_, m, _ in everyone)
-            rows.append(
-                {
-                    "round": turn,
-                    "direction": f"{before} -> {after}",
-                    "busiest_bytes": busiest,
-                    "move_s": move,
-                    "bytes_per_s": busiest / move,
-                    "pause_s": max(p for *_, p in everyone),
-                    "first_step_s": first_step,
-                    "seconds": {k: round(v, 5) for k, v in report.seconds.items()},
-                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30
-                    if torch.cuda.is_available()
-                    else 0.0,
-                    "loss": loss,
-                }
-            )
-            if WORLD.worker == 0:
-                print(rows[-1]["direction"], f"{rows[-1]['pause_s']:.2f} s", rows[-1]["seconds"], flush=True)
+            parallel = ParallelConfig.parse(after)
+            begun = time.perf_counter()
+            if kind == "prepared":
+                elastic.prepare(parallel, shadow=True)
+                elastic.planning.wait()
+            row = {"round": turn, "kind": kind, "direction": f"{before} -> {after}"}
+            row["prepare_s"] = time.perf_counter() - begun
+            row |= one_change(elastic, job, parallel)
+            rows.append(row)
+            say(f"{kind} {row['direction']} {row['pause_s']:.2f} s {row['seconds']}")
             run.save()
     summarise(run)
+
+
+def one_change(elastic: Reconfigurator, job: GPTJob, parallel: ParallelConfig) -> dict[str, object]:
+    """The pause by stages, bytes of the busiest rank, and the first step afterwards."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    synchronize()
+    WORLD.agree(None, "starting together")
+    started = time.perf_counter()
+    state = elastic.reconfigure(parallel)
+    synchronize()
+    pause = time.perf_counter() - started
+    started = time.perf_counter()
+    loss, _ = job.step(state, elastic.parallel)
+    synchronize()
+    first_step = time.perf_counter() - started
+    report = elastic.report
+    everyone = WORLD.all_gather_json(
+        [report.sent_bytes, report.received_bytes, report.seconds["move"], pause]
+    )
+    busiest = max(max(sent, received) for sent, received, *_ in everyone)
+    move = max(m for *_, m, _ in everyone)
+    return {
+        "busiest_bytes": busiest,
+        "move_s": move,
+        "bytes_per_s": busiest / move,
+        "pause_s": max(p for *_, p in everyone),
+        "first_step_s": first_step,
+        "seconds": {k: round(v, 5) for k, v in report.seconds.items()},
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+        "loss": loss,
+    }
+
+
+def say(text: str) -> None:
+    """Print on one rank."""
+    if WORLD.worker == 0:
+        print(text, flush=True)
 
 
 def summarise(run: Run) -> None:
     """Headline rows over the rounds after the first; rates only where a GB or more moves."""
     rows = [row for row in run.more["directions"] if row["round"] > 0]
     peak = statistics.median(run.samples["link_peak_bytes_per_s"])
-    for direction in dict.fromkeys(row["direction"] for row in rows):
-        chosen = [row for row in rows if row["direction"] == direction]
+    for kind, direction in dict.fromkeys((row["kind"], row["direction"]) for row in rows):
+        chosen = [row for row in rows if (row["kind"], row["direction"]) == (kind, direction)]
         pauses = [row["pause_s"] for row in chosen]
-        run.samples[f"pause {direction}"] = pauses
-        run.samples[f"move {direction}"] = [row["move_s"] for row in chosen]
+        name = f"{direction}, {kind}"
+        run.samples[f"pause {name}"] = pauses
+        run.samples[f"move {name}"] = [row["move_s"] for row in chosen]
         gigabytes = chosen[0]["busiest_bytes"] / 1e9
+        note = f"{gigabytes:.2f} GB by the busiest rank"
         run.headline.append(
-            Headline(
-                f"pause {direction}",
-                statistics.median(pauses),
-                "s",
-                min(pauses),
-                max(pauses),
-                note=f"{gigabytes:.2f} GB by the busiest rank",
-            )
+            Headline(f"pause {name}", statistics.median(pauses), "s", min(pauses), max(pauses), note=note)
         )
         if gigabytes >= 1 or not torch.cuda.is_available():
             shares = [row["bytes_per_s"] / peak for row in chosen]
+            what = f"share of the link peak {name}"
             run.headline.append(
-                Headline(
-                    f"share of the link peak {direction}",
-                    statistics.median(shares),
-                    "",
-                    min(shares),
-                    max(shares),
-                    ">= 0.8",
-                )
+                Headline(what, statistics.median(shares), "", min(shares), max(shares), ">= 0.8")
             )
 
 
@@ -258,12 +272,15 @@ def checkpoint(run: Run, job: GPTJob, folder: Path) -> None:
         total = time.perf_counter() - started
         for name, seconds in (("save", saved), ("build", built), ("load", total - saved - built)):
             run.samples.setdefault(f"torch_dist {name}", []).append(seconds)
-        rows = [r for r in run.more["directions"] if r["direction"] == f"{before} -> {after}" and r["round"]]
-        if rows:
+        rows = [r for r in run.more["directions"] if r["direction"] == f"{before} -> {after}"]
+        for kind in ("as it comes", "prepared"):
+            pauses = [row["pause_s"] for row in rows if row["kind"] == kind]
+            if not pauses:
+                continue
             run.headline.append(
                 Headline(
-                    f"torch_dist through /dev/shm against live, {before} -> {after}",
-                    total / statistics.median(row["pause_s"] for row in rows),
+                    f"torch_dist through /dev/shm against live ({kind}), {before} -> {after}",
+                    total / statistics.median(pauses),
                     "x",
                     target=">= 10",
                     note=f"{total:.2f} s; building included on both sides",
@@ -274,13 +291,76 @@ def checkpoint(run: Run, job: GPTJob, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def deepspeed_engine(run: Run, width: int, steps: int) -> None:
+    """ZeRO-1 in fp32 on 2, 1 and 2 ranks against the uninterrupted run on two."""
+    import deepspeed
+
+    from megatron_tenplex import ZeroReconfigurator
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
+
+    def build():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+        torch.manual_seed(3)
+        layers = [torch.nn.Linear(width, width) for _ in range(8)]
+        model = torch.nn.Sequential(*(m for layer in layers for m in (layer, torch.nn.GELU())))
+        config = {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 8 // size,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+        }
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        return deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )[0]
+
+    def step(engine, number):
+        total = torch.zeros(1)
+        if engine is not None:
+            batch = torch.randn(8, width, generator=torch.Generator().manual_seed(number))
+            mine = batch.chunk(dist.get_world_size())[dist.get_rank()].to(engine.device)
+            loss = (engine(mine) - mine.roll(1, 1)).square().mean()
+            engine.backward(loss)
+            engine.step()
+            total[0] = float(loss) / dist.get_world_size()
+        return sum(WORLD.all_gather_json(float(total)))
+
+    curves, pauses = [], []
+    for visited in ((2,), (2, 1, 2)):
+        elastic = ZeroReconfigurator(build, world=WORLD, staging_bytes=1 << 30)
+        curve = []
+        for number, dp in enumerate(visited):
+            started = time.perf_counter()
+            engine = elastic.reconfigure(dp) if number else elastic.start(dp)
+            synchronize()
+            if number:
+                pauses.append(max(WORLD.all_gather_json(time.perf_counter() - started)))
+            curve += [step(engine, len(curve) + i) for i in range(steps * 3 // len(visited))]
+        curves.append(curve)
+    gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    run.samples |= {"loss difference deepspeed": gaps, "pause deepspeed": pauses}
+    run.headline.append(
+        Headline(
+            "largest loss difference, DeepSpeed ZeRO-1 on 2, 1 and 2 ranks",
+            max(gaps),
+            "",
+            target="2e-6",
+            note=f"{8 * width * (width + 1) / 1e6:.0f} M parameters, fp32, pauses "
+            + " and ".join(f"{p:.2f} s" for p in pauses),
+        )
+    )
+
+
 def main() -> None:
     global WORLD  # noqa: PLW0603 - the process's one world
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", type=float, default=90, help="seconds")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--model", default="gpt3-xl", choices=list(PRESETS))
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--model", default="gpt3-xl", choices=[*PRESETS, "tiny"])
+    parser.add_argument("--rounds", type=int, default=1, help="of each kind, after the first visits")
     parser.add_argument("--only", nargs="+", help="names of stages, e.g. link directions", default=[])
     parser.add_argument("--steps", type=int, default=20, help="after each change, for the loss curves")
     options = parser.parse_args()
@@ -289,14 +369,14 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
-    WORLD = World(store, rank, size, timeout=60)
+    WORLD = World(store, rank, size, timeout=60, kept_groups=6)
     from megatron_tenplex.transport import TorchTransport
 
     run = Run(options.out, options.budget)
     transport = TorchTransport(WORLD.data, WORLD.worker)
     gpu = torch.cuda.is_available()
     job = GPTJob(
-        PRESETS[options.model],
+        SMALL if options.model == "tiny" else PRESETS[options.model],
         seq_length=512 if gpu else 16,
         global_batch_size=4,
         num_samples=4096,
@@ -305,8 +385,9 @@ def main() -> None:
     stages = (
         ("link", 0, link_peak, (transport, 2 << 30 if gpu else 8 << 20)),
         ("directions", 0, directions, (job, options.rounds)),
-        ("losses", 0, losses, ("fp32", options.steps)),
         ("checkpoint", 30, checkpoint, (job, Path("/dev/shm/tenplex_benchmark"))),
+        ("deepspeed", 15, deepspeed_engine, (4096 if gpu else 64, 7)),
+        ("losses", 30, losses, ("fp32", options.steps)),
         ("losses_bf16", 30, losses, ("bf16", options.steps)),
     )
     for name, seconds, function, arguments in stages:

@@ -172,18 +172,23 @@ def lower_bound(
 ) -> int:
     """Bytes that workers must receive: for each role, the elements it needs and its worker does not hold.
 
-    Counted per worker by marking grids, independently of how the planner cuts tensors.
+    Counted per worker by marking grids, independently of how the planner cuts tensors; once for all tensors
+    and workers that have and need the same boxes.
     """
     placement = tuple(range(target.world_size)) if placement is None else tuple(placement)
     check_compatible(source, target, placement)
     missing = 0
+    counted: dict[tuple[tuple[Box, ...], tuple[Box, ...]], int] = {}
     for role, worker in enumerate(placement):
         need, have = _boxes_by_key(target, role), {}
         if worker < source.world_size:
             have = _boxes_by_key(source, worker)
         for key, boxes in need.items():
-            common = [c for a in boxes for b in have.get(key, ()) if (c := a.intersect(b)) is not None]
-            missing += (union_numel(boxes) - union_numel(common)) * target.itemsize(key)
+            pair = (tuple(boxes), tuple(have.get(key, ())))
+            if pair not in counted:
+                common = [c for a in pair[0] for b in pair[1] if (c := a.intersect(b)) is not None]
+                counted[pair] = union_numel(boxes) - union_numel(common)
+            missing += counted[pair] * target.itemsize(key)
     return missing
 
 

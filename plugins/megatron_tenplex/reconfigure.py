@@ -132,6 +132,11 @@ class Reconfigurator:
             UncoveredRangeError: replicas exist, but no version is complete.
         """
         parallel = parallel.resolve(self.world.num_workers)
+        if not gc.get_freeze_count():
+            # Every change collects the old model's cycles; the objects of imported modules are not garbage,
+            # and searching them takes longer than all else in the pause of a small job.
+            gc.collect()
+            gc.freeze()
         self._form(parallel, tuple(range(parallel.world_size)), iteration=0)
         if resume and self.store is not None:
             from megatron_tenplex.recovery import resume_from_replicas

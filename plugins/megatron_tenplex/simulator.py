@@ -64,6 +64,8 @@ def simulate(
             assigned = time.process_time()
             plan = plan_reshard(source, target, placement=placement, topology=topology)
             planned = time.process_time()
+            plan.for_worker(0)
+            own = time.process_time() - planned
             yield {
                 "ranks": ranks,
                 "change": name,
@@ -73,10 +75,11 @@ def simulate(
                 "moves": len(plan.moves),
                 "remote_bytes": plan.remote_bytes,
                 "minimum_bytes": lower_bound(source, target, placement=placement),
-                "identity_bytes": plan_reshard(source, target).remote_bytes,
+                "identity_bytes": lower_bound(source, target),
                 "inter_host_bytes": plan.inter_host_bytes,
                 "bottleneck_bytes": plan.bottleneck_bytes,
                 "predicted_seconds": plan.predict(),
                 "placement_seconds": assigned - started,
                 "planning_seconds": planned - assigned,
+                "own_part_seconds": own,
             }

@@ -554,15 +554,20 @@ def check_trajectory(
         spec.check_names(columns, among=spec.names)
     steps = total
     if steps is None:
-        rows = given[0].as_tensor(columns[spec.names[0]]).shape
-        steps = (rows[0] if len(rows) else 1) - given[0].final
+        shape = given[0].as_tensor(columns[spec.names[0]]).shape
+        steps = (shape[0] if len(shape) else 1) - given[0].final
         if steps < 1:
             raise ValueError(f"trajectory of {steps} steps: at least 1 is needed")
         if steps > spec.max_steps:
             raise ValueError(_too_long(steps, spec.max_steps))
-    tensors = {
-        column.name: _checked_column(column, columns[column.name], steps, trajectories) for column in given
-    }
+    tensors = {}
+    for column in given:
+        value = columns[column.name]
+        rows = steps + trajectories * column.final
+        fits = isinstance(value, Tensor) and value.dtype is column.dtype
+        if not fits or value.shape != (rows, *column.shape):
+            value = _checked_column(column, value, steps, trajectories)
+        tensors[column.name] = value
     return tensors, steps
 
 

@@ -195,7 +195,7 @@ class DirectCache:
 
         Args:
             layer: the layer, not the one that runs.
-            topk_ids: int64 ``[T, n]``, contiguous, on the device.
+            topk_ids: int64 ``[T, n]``, contiguous, on the device; to be kept until :meth:`join`.
         """
         if topk_ids.numel() >= _STREAM_CHOICES * self.num_experts:
             return

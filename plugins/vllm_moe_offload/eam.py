@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_moe_offload.npz import save_npz
 
 Matrix = npt.NDArray[np.int64]
 Shares = npt.NDArray[np.float64]
+
+_EXACT = 2**24  # whole numbers below it are exact in single precision
 
 
 class EAMTracer:
@@ -120,8 +124,8 @@ class EAMCollection:
     """At most ``capacity`` matrices of finished requests.
 
     When it is full, the non-persistent entry least often nearest to a query is replaced, the oldest of
-    equals. Counts are kept twice, in the narrowest unsigned type that holds them: by entry, and by (layer,
-    expert), so that a query reads only the experts it has used.
+    equals. Kept twice: counts by (layer, expert), so that a query reads only the experts it has used, and
+    shares by entry.
 
     Attributes:
         model_id: the model whose requests these were, if known; kept in the file.
@@ -133,10 +137,10 @@ class EAMCollection:
         self.num_layers, self.num_experts, self.capacity = num_layers, num_experts, capacity
         self.model_id = ""
         self._len = 0
-        self._by_entry = np.zeros((0, num_layers, num_experts), dtype=np.uint16)
-        self._by_key = np.zeros((num_layers, num_experts, 0), dtype=np.uint16)
-        self._sums = np.zeros((0, num_layers), dtype=np.int64)  # of rows
-        self._norms = np.zeros((num_layers, 0))  # of rows
+        self._counts = np.zeros((num_layers * num_experts, 0), dtype=np.float32)
+        self._norms = np.zeros((num_layers, 0))  # lengths of rows
+        self._choices = np.zeros(0, dtype=np.int64)  # at the first layer
+        self._shares = np.zeros((0, num_layers, num_experts))
         self._persistent = np.zeros(0, dtype=bool)
         self._nearest = np.zeros(0, dtype=np.int64)  # how often an entry was nearest
         self._added = np.zeros(0, dtype=np.int64)  # when an entry was added
@@ -148,12 +152,13 @@ class EAMCollection:
     @property
     def matrices(self) -> Matrix:
         """int64 ``[len, layers, experts]``, a copy."""
-        return self._by_entry[: self._len].astype(np.int64)
+        counts = self._counts[:, : self._len].T.astype(np.int64)
+        return counts.reshape(-1, self.num_layers, self.num_experts)
 
     @property
     def mean_choices(self) -> float:
         """Mean count of a request's first layer; 0 for an empty collection."""
-        return int(self._sums[: self._len, 0].sum()) / self._len if self._len else 0.0
+        return int(self._choices[: self._len].sum()) / self._len if self._len else 0.0
 
     def add(self, eam: Matrix, *, persistent: bool = False) -> int:
         """Store a matrix and return the index it was written to.
@@ -166,43 +171,66 @@ class EAMCollection:
             raise ValueError(
                 f"EAM collection holds [{self.num_layers}, {self.num_experts}] matrices, got {matrix.shape}"
             )
-        if not (matrix.min(initial=0) >= 0 and matrix.max(initial=0) < 2**32):
+        if not (matrix.min(initial=0) >= 0 and matrix.max(initial=0) < _EXACT):
             raise ValueError(
-                f"EAM collection: counts must be in [0, 2**32), found {matrix.min()}..{matrix.max()}"
+                f"EAM collection: counts must be in [0, {_EXACT}), found {matrix.min()}..{matrix.max()}"
             )
         index = self._place()
-        dtype = np.promote_types(self._by_entry.dtype, np.min_scalar_type(int(matrix.max(initial=0))))
-        if dtype != self._by_entry.dtype:
-            self._by_entry, self._by_key = self._by_entry.astype(dtype), self._by_key.astype(dtype)
-        self._by_entry[index] = matrix
-        self._by_key[:, :, index] = matrix
-        self._sums[index] = matrix.sum(axis=1)
+        self._counts[:, index] = matrix.reshape(-1)
         self._norms[:, index] = _norms(matrix)
+        self._choices[index] = matrix[0].sum()
+        self._shares[index] = row_shares(matrix)
         self._persistent[index], self._nearest[index], self._added[index] = persistent, 0, self._clock
         self._clock += 1
         return index
 
     def distances(self, observed: Matrix) -> Shares:
         """:func:`eam_distance` to each entry, float64 ``[len]``; notes which entry was nearest."""
-        from vllm_moe_offload import eam_kernels
-
         matrix = np.asarray(observed)
-        if not self._len or not matrix.any():
+        norms = _norms(matrix)
+        layers = np.flatnonzero(norms)
+        if not self._len or not len(layers):
             return np.ones(self._len)
-        distances = 1.0 - eam_kernels.similarities(
-            matrix, _norms(matrix), self._by_key, self._norms, self._len
-        )
+        lengths = norms[layers, None] * self._norms[layers, : self._len]
+        products = self._products(matrix, layers, exact=lengths.max() < _EXACT)
+        cosines = np.divide(products, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        distances = 1.0 - cosines.sum(axis=0) / len(layers)
         self._nearest[int(distances.argmin())] += 1
         return distances
+
+    def _products(
+        self, matrix: Matrix, layers: npt.NDArray[np.intp], *, exact: bool
+    ) -> npt.NDArray[np.floating[Any]]:
+        """Products of each of the layers' rows with those of all entries, ``[len(layers), len]``.
+
+        They are sums of integers. Where all fit the mantissa (``exact``; no partial sum exceeds the product
+        of the rows' lengths) single precision gives them exactly, in half the time.
+        """
+        used = np.flatnonzero(matrix)
+        counts = torch.from_numpy(self._counts)
+        weights = torch.from_numpy(matrix.reshape(-1)[used].astype(np.float32))
+        rows = torch.from_numpy(used)
+        if not exact:
+            counts, weights, rows = counts[rows].double(), weights.double(), torch.arange(len(used))
+        starts = np.searchsorted(used, layers * self.num_experts)
+        # The rows of a layer's experts, weighted by the observed counts and summed, are its products.
+        bags = torch.nn.functional.embedding_bag(
+            rows, counts, torch.from_numpy(starts), mode="sum", per_sample_weights=weights
+        )
+        return bags.numpy()[:, : self._len]
 
     def mean_shares(self, entries: npt.NDArray[np.integer], weights: Shares) -> Shares:
         """``sum_i weights[i] * rownormalise(matrices[entries[i]])``, float64 ``[layers, experts]``.
 
         A zero row counts as a uniform one.
         """
-        from vllm_moe_offload import eam_kernels
-
-        return eam_kernels.weighted_shares(self._by_entry, self._sums, entries, weights)
+        total = np.zeros((self.num_layers, self.num_experts))
+        part = np.empty_like(total)
+        # One entry at a time stays in the processor's cache.
+        for entry, weight in zip(entries, weights, strict=True):
+            np.multiply(self._shares[entry], weight, out=part)
+            total += part
+        return total
 
     def _place(self) -> int:
         """Index for a new entry: the next free one, or that of the entry which is replaced."""
@@ -211,19 +239,19 @@ class EAMCollection:
             if not len(free):
                 raise ValueError(f"EAM collection is full of persistent entries (capacity {self.capacity})")
             return int(free[np.lexsort((self._added[free], self._nearest[free]))[0]])
-        if self._len == len(self._by_entry):
+        if self._len == len(self._shares):
             self._resize(min(max(2 * self._len, 8), self.capacity))
         self._len += 1
         return self._len - 1
 
     def _resize(self, room: int) -> None:
-        more = room - len(self._by_entry)
-        self._by_entry = np.pad(self._by_entry, ((0, more), (0, 0), (0, 0)))
-        self._by_key = np.pad(self._by_key, ((0, 0), (0, 0), (0, more)))
-        self._sums = np.pad(self._sums, ((0, more), (0, 0)))
+        more = room - len(self._shares)
+        self._counts = np.pad(self._counts, ((0, 0), (0, more)))
         self._norms = np.pad(self._norms, ((0, 0), (0, more)))
-        self._persistent, self._nearest, self._added = (
-            np.pad(array, (0, more)) for array in (self._persistent, self._nearest, self._added)
+        self._shares = np.pad(self._shares, ((0, more), (0, 0), (0, 0)))
+        self._choices, self._persistent, self._nearest, self._added = (
+            np.pad(array, (0, more))
+            for array in (self._choices, self._persistent, self._nearest, self._added)
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -267,6 +295,16 @@ class EAMCollection:
         collection.model_id = model_id
         collection._clock = int(uses["added"].max(initial=-1)) + 1
         return collection
+
+
+def row_shares(matrices: npt.NDArray[Any]) -> Shares:
+    """Counts ``[..., layers, experts]`` divided by their row sums; zero rows become uniform."""
+    rows = matrices.astype(np.float64)
+    sums = rows.sum(axis=-1, keepdims=True)
+    if sums.all():
+        rows /= sums
+        return rows
+    return np.where(sums > 0, rows / np.where(sums > 0, sums, 1), 1 / rows.shape[-1])
 
 
 def _norms(matrix: Matrix) -> Shares:

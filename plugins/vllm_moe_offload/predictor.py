@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_moe_offload.eam import EAMCollection
+from vllm_moe_offload.eam import EAMCollection, row_shares
 
 Shares = npt.NDArray[np.float64]
 
@@ -98,16 +97,6 @@ class GatePredictor:
         if self._bias is not None:
             scores = torch.sigmoid(scores) + self._bias
         return torch.topk(scores, self._count, dim=-1).indices
-
-
-def row_shares(matrices: npt.NDArray[Any]) -> Shares:
-    """Counts ``[..., layers, experts]`` divided by their row sums; zero rows become uniform."""
-    rows = matrices.astype(np.float64)
-    sums = rows.sum(axis=-1, keepdims=True)
-    if sums.all():
-        rows /= sums
-        return rows
-    return np.where(sums > 0, rows / np.where(sums > 0, sums, 1), 1 / rows.shape[-1])
 
 
 def prefetch_priority(share: Shares, layer: int) -> Shares:

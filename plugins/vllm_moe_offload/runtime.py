@@ -235,8 +235,6 @@ class ModelOffload:
         if known is None:
             known = EAMCollection(num_layers, num_experts, self.config.eam_capacity)
             known.model_id = self.model_id
-        from vllm_moe_offload import eam_kernels  # noqa: F401 - compiled here rather than in a step
-
         self.estimators.append(ShareEstimator(known, temperature=self.config.eam_temperature))
         if self.config.record_trace and self.recorder is None:
             self.recorder = TraceRecorder(num_layers, num_experts, top_k)

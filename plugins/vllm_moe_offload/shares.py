@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.eam import EAMCollection, EAMTracer
-from vllm_moe_offload.predictor import EAMPredictor, Shares, row_shares
+from vllm_moe_offload.eam import EAMCollection, EAMTracer, row_shares
+from vllm_moe_offload.predictor import EAMPredictor, Shares
 
 
 @dataclass

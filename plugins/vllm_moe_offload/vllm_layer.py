@@ -316,7 +316,9 @@ class _OffloadMixin(CopyServing):
             following = self._handle.following
             if following is None or following.predictor is None:
                 return self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
-            cache.foresee(following.index, following.predictor.predict(x))
+            # Held until the side stream is joined: freed earlier, its memory could go to the experts' kernel.
+            named = following.predictor.predict(x)
+            cache.foresee(following.index, named)
             output = self._apply(x, topk_weights, chosen, None if small else cache.row_table(layer))
             cache.join()
             return output

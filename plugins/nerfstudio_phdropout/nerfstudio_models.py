@@ -9,6 +9,7 @@ files only.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -63,6 +64,13 @@ class PHDropoutMixin:
             return settings.ratio
         if self._ratio is None and settings.sidecar is not None:
             self._ratio = read_ratio(Path(settings.sidecar), self._step)
+            if self._ratio == 0:
+                warnings.warn(
+                    f"the search found no ratio that keeps the quality ({settings.sidecar}): with 0 nothing is "
+                    "dropped and sigma is 0 everywhere; give ns-phdropout a --ratio or a larger --margin",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         if self._ratio is None and not self._training_run:
             raise RuntimeError("no dropout ratio beside this checkpoint; run ns-phdropout first")
         return self._ratio

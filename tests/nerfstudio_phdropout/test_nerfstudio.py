@@ -136,6 +136,20 @@ def test_ph09_outputs_for_the_viewer_are_images(runs):
     assert bool((holes[transparent > 0.999] > 0.28).all())
 
 
+def test_ph08_a_ratio_of_0_that_a_search_has_left_warns_wherever_it_is_used(tmp_path):
+    from nerfstudio_phdropout import PHDropoutConfig
+    from nerfstudio_phdropout.nerfstudio_models import PHDropoutMixin
+    from nerfstudio_phdropout.sidecar import write_sidecar
+
+    checkpoint = tmp_path / "step-000000007.ckpt"
+    checkpoint.write_bytes(b"weights")
+    model = PHDropoutMixin()
+    sidecar = write_sidecar(checkpoint, PHDropoutConfig(), 0.0)
+    model.config = SimpleNamespace(phdropout=PHDropoutConfig(sidecar=str(sidecar)))
+    with pytest.warns(RuntimeWarning, match="sigma is 0 everywhere; give ns-phdropout a --ratio"):
+        assert model.dropout_ratio() == 0
+
+
 def training_psnr(config: Path) -> float:
     """Mean PSNR of three training views."""
     pipeline = load(config)

@@ -66,8 +66,8 @@ class PHDropoutMixin:
             self._ratio = read_ratio(Path(settings.sidecar), self._step)
             if self._ratio == 0:
                 warnings.warn(
-                    f"the search found no ratio that keeps the quality ({settings.sidecar}): with 0 nothing is "
-                    "dropped and sigma is 0 everywhere; give ns-phdropout a --ratio or a larger --margin",
+                    f"no ratio kept the quality ({settings.sidecar}): at 0 nothing is dropped and "
+                    "sigma is 0 everywhere; give ns-phdropout a --ratio or a larger --margin",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -291,7 +291,7 @@ def test_arm_options_are_checked_before_anything_is_loaded(params: dict, tmp_pat
     context = RunContext(seed=7, out_dir=Path(), hardware=HARDWARE, params=params)
     with pytest.raises(ValueError, match=r"arms\.fast\.engin: unknown key; did you mean 'engine'\?"):
         TextGeneration().open(ArmConfig("fast", {"engin": {}}), context)
-    with pytest.raises(ValueError, match=r"arms\.fast\.engine must map"):
+    with pytest.raises(ValueError, match=r"arms\.fast\.engine must be transformers or map"):
         TextGeneration().open(ArmConfig("fast", {"engine": 3}), context)
     broken = RunContext(seed=7, out_dir=Path(), hardware=HARDWARE, params={**params, "model": str(tmp_path)})
     with pytest.raises(ValueError, match=r"no config\.json there"):

@@ -349,7 +349,6 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[Headline]:
 
 def measure_cost(out: Path, steps: int) -> None:
     """Write what a decision costs, lru and eam."""
-    decision_cost("eam", 2)  # compiles
     costs = {policy: decision_cost(policy, steps) for policy in ("lru", "eam")}
     rows = [
         Headline(

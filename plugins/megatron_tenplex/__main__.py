@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from megatron_tenplex.layout import PRESETS, GPTShape, ParallelConfig
@@ -21,14 +23,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--from", dest="source", required=True, metavar="LAYOUT", help="e.g. tp=2,pp=2,dp=2")
     plan.add_argument("--to", dest="target", required=True, metavar="LAYOUT", help="e.g. tp=4,pp=1,dp=2")
     plan.add_argument("--lost", type=int, nargs="*", default=[], metavar="RANK", help="ranks that are gone")
-    plan.add_argument("--placement", choices=["optimal", "identity"], default="optimal")
+    plan.add_argument(
+        "--placement",
+        choices=["optimal", "identity"],
+        default="optimal",
+        help="optimal: workers change ranks so that less moves (default); identity: they keep them",
+    )
     plan.add_argument("--relay", action="store_true", help="bytes that a host needs often cross once")
-    plan.add_argument("--source-policy", choices=["balanced", "first"], default="balanced")
+    plan.add_argument("--fan-out", action="store_true", help="receivers pass parts on where holders are few")
+    plan.add_argument(
+        "--source-policy",
+        choices=["balanced", "first"],
+        default="balanced",
+        help="balanced: replica holders share the load (default); first: the lowest rank sends, as in the "
+        "paper's code",
+    )
     plan.add_argument("--picture", metavar="FILE", help="who sends what to whom, as .png, .svg or .pdf")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     simulate = commands.add_parser("simulate", help="bytes and planning time for 8 to 1024 ranks")
     _add_model_arguments(simulate)
-    simulate.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
+    simulate.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[8, 16, 32, 64, 128, 256, 512, 1024],
+        help="rank counts (default 8 to 1024, which takes minutes)",
+    )
     simulate.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     options = parser.parse_args(arguments)
     try:
@@ -40,10 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(PRESETS)}, or a JSON file of GPTShape")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--ranks-per-host", type=int, default=8)
-    parser.add_argument("--intra-host", type=float, default=300.0, metavar="GB/s")
-    parser.add_argument("--inter-host", type=float, default=40.0, metavar="GB/s")
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="of the weights; bf16 (default) has fp32 masters",
+    )
+    parser.add_argument("--ranks-per-host", type=int, default=8, metavar="N", help="default 8")
+    for name, default in (("intra", 300.0), ("inter", 40.0)):
+        parser.add_argument(
+            f"--{name}-host",
+            type=float,
+            default=default,
+            metavar="GB/s",
+            help=f"of one rank and direction, {'inside a' if name == 'intra' else 'between'} "
+            f"host{'' if name == 'intra' else 's'}; default {default:g}",
+        )
 
 
 def load_shape(name: str) -> GPTShape:
@@ -55,13 +87,20 @@ def load_shape(name: str) -> GPTShape:
     if name in PRESETS:
         return PRESETS[name]
     if not name.endswith(".json"):
-        import difflib
-
         near = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}, or a .json file"
         raise ValueError(f"unknown model {name!r}; {hint}")
     with open(name) as file:
-        content = json.load(file)
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+    known = [field.name for field in fields(GPTShape)]
+    for key in content if isinstance(content, dict) else ():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{name}: unknown field {key!r}; {hint}")
     try:
         return GPTShape(**content)
     except TypeError as error:
@@ -99,6 +138,7 @@ def _plan(options: argparse.Namespace) -> int:
         placement=placement,
         topology=topology,
         relay=options.relay,
+        fan_out=options.fan_out,
         source_policy=options.source_policy,
         lost=options.lost,
     )

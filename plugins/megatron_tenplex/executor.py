@@ -110,8 +110,10 @@ class _Side:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.messages: list[tuple[int, Tensor]] = []
-        self.staged: list[Tensor] = []  # parts of the staging memory
-        self.views: list[Tensor] = []  # of the tensors, in the same order
+        # (parts of the staging memory, views of the tensors): contiguous ones as bytes, which all go in one
+        # launch on a GPU, and strided ones.
+        self.contiguous: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.strided: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.staging_bytes = 0
         self._buffers: list[tuple[int, int, int, list[tuple[int, Tensor]]]] = []
 
@@ -141,21 +143,27 @@ class _Side:
             self.messages[index] = (self.messages[index][0], buffer)
             for offset, view in parts:
                 part = buffer[offset : offset + view.numel() * view.element_size()]
-                self.staged.append(part.view(view.dtype).view(view.shape))
-                self.views.append(view)
+                if view.is_contiguous():
+                    self.contiguous[0].append(part)
+                    self.contiguous[1].append(view.reshape(-1).view(torch.uint8))
+                else:
+                    self.strided[0].append(part.view(view.dtype).view(view.shape))
+                    self.strided[1].append(view)
         self._buffers.clear()
 
     def pack(self) -> None:
-        if self.staged:
-            torch._foreach_copy_(self.staged, self.views)
+        for staged, views in (self.contiguous, self.strided):
+            if staged:
+                torch._foreach_copy_(staged, views)
 
     def unpack(self) -> None:
-        if self.staged:
-            torch._foreach_copy_(self.views, self.staged)
+        for staged, views in (self.contiguous, self.strided):
+            if staged:
+                torch._foreach_copy_(views, staged)
 
     def clear(self) -> None:
         """Let go of the tensors."""
-        self.messages, self.staged, self.views = [], [], []
+        self.messages, self.contiguous, self.strided = [], ([], []), ([], [])
 
 
 def execute(

@@ -37,6 +37,15 @@ except ImportError as error:
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 _NO_OPTIONS = {"params", *_GROUP_KEYS, *(f"pre_{key}" for key in _GROUP_KEYS)}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TRAINING_GROUPS = (
+    "_TENSOR_MODEL_PARALLEL_GROUP",
+    "_PIPELINE_MODEL_PARALLEL_GROUP",
+    "_MODEL_PARALLEL_GROUP",
+    "_DATA_PARALLEL_GROUP_WITH_CP",
+    "_EMBEDDING_GROUP",
+    "_EXPERT_MODEL_PARALLEL_GROUP",
+    "_EXPERT_DATA_PARALLEL_GROUP",
+)
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 
 
@@ -100,6 +109,12 @@ def initialize_parallel(parallel: ParallelConfig, timeout: float) -> None:
         distributed_timeout_minutes=timeout / 60,
         create_gloo_process_groups=False,
     )
+
+
+def training_groups() -> list[Any]:
+    """The groups of this rank that a step uses; Megatron makes many more, which never connect."""
+    found = (getattr(parallel_state, name, None) for name in _TRAINING_GROUPS)
+    return [group for group in found if isinstance(group, torch.distributed.ProcessGroup)]
 
 
 def put_parallel_aside() -> dict[str, Any]:

@@ -161,10 +161,14 @@ class World:
             if present is not None:
                 process_groups.take_up(present)
 
-    def connect(self) -> None:
-        """Make every present group connect, which NCCL and gloo do at the first use. Collective."""
+    def connect(self, groups: Sequence[Any]) -> None:
+        """Make groups connect, which NCCL and gloo do at the first use. Collective.
+
+        Args:
+            groups: of this worker, in an order that is the same for the members of each.
+        """
         device = "cuda" if self.backend == "nccl" else "cpu"
-        for group in process_groups.present():
+        for group in groups:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def begin_training(self) -> None:

@@ -16,6 +16,7 @@ from megatron_tenplex.ptc import Box, ParallelTensorCollection, Shard, union_num
 from megatron_tenplex.topology import Topology
 
 _UNSPLIT_BYTES = 64 << 10
+_FEW = 2  # copies a holder may send itself: passing parts on takes about as long as two
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +207,7 @@ def plan_reshard(
     placement: Sequence[int] | None = None,
     topology: Topology | None = None,
     relay: bool = False,
+    fan_out: bool = False,
     source_policy: Literal["balanced", "first"] = "balanced",
     lost: Sequence[int] = (),
 ) -> ReshardPlan:
@@ -215,9 +217,10 @@ def plan_reshard(
         placement: ``placement[role] = worker``; the identity by default (see :func:`assign_roles`).
         topology: prefers holders on the same host; without it all workers are one host.
         relay: what several workers of a host lack comes in once and is passed on inside the host.
+        fan_out: where more than two workers of a host need something for each that holds it, each gets a part
+            and passes it on to the others, so that nobody sends more than about one copy.
         source_policy: ``"balanced"`` shares the load among replica holders; ``"first"`` always takes the
-        lowest
-            holder, as the paper's code does (for comparison).
+            lowest holder, as the paper's code does (for comparison).
         lost: source ranks whose shards are gone, named in the error.
 
     Raises:
@@ -228,7 +231,7 @@ def plan_reshard(
     check_compatible(source, target, placement)
     workers = max(source.world_size, target.world_size)
     topology = topology or Topology(ranks_per_host=workers)
-    builder = _Builder(workers, topology, relay, lost)
+    builder = _Builder(workers, topology, relay=relay, fan_out=fan_out, lost=lost)
     with collection_paused():
         for key, cells in cells_of(source, target, placement):
             for cell in cells:
@@ -253,8 +256,11 @@ class _Demand:
 
 
 class _Builder:
-    def __init__(self, workers: int, topology: Topology, relay: bool, lost: Sequence[int]) -> None:
-        self.workers, self.topology, self.relay, self.lost = workers, topology, relay, lost
+    def __init__(
+        self, workers: int, topology: Topology, *, relay: bool, fan_out: bool, lost: Sequence[int]
+    ) -> None:
+        self.workers, self.topology, self.lost = workers, topology, lost
+        self.relay, self.fan_out = relay, fan_out
         self.demands: list[_Demand] = []
         self.local: list[Move] = []
         self._relayed = 0
@@ -281,9 +287,20 @@ class _Builder:
                 self._relayed += 1
                 others = tuple(worker for worker in needers if worker != first)
                 self.demands.append(_Demand(key, cell, itemsize, first, holders, others))
+            elif self.fan_out and len(needers) > _FEW * len(holders):
+                self._scatter(key, cell, itemsize, needers, holders)
             else:
                 for worker in needers:
                     self.demands.append(_Demand(key, cell, itemsize, worker, holders, ()))
+
+    def _scatter(self, key: str, cell: Cell, itemsize: int, needers: Sequence[int], holders: Class) -> None:
+        """A part for each needer, which then passes it on; the first one changes with every cell."""
+        self._relayed += 1
+        turned = [needers[(self._relayed + i) % len(needers)] for i in range(len(needers))]
+        for worker, box in zip(turned, _parts(cell.box, len(turned)), strict=False):
+            others = tuple(w for w in turned if w != worker)
+            part = Cell(box, cell.holders, cell.needers)
+            self.demands.append(_Demand(key, part, itemsize, worker, holders, others))
 
     def moves(self, policy: Literal["balanced", "first"]) -> list[Move]:
         moves = list(self.local)
@@ -344,6 +361,16 @@ def _share(demand: _Demand, quota: dict[int, float], unsplit: int) -> Iterator[t
         head, box = split_box(box, axis, count)
         quota[sender] -= count * slice_bytes
         yield head, sender
+
+
+def _parts(box: Box, count: int) -> Iterator[Box]:
+    """Up to ``count`` boxes of about equal size that make up ``box``, cut along its longest axis."""
+    axis = max(range(len(box.shape)), key=lambda d: box.shape[d]) if box.shape else -1
+    while axis >= 0 and count > 1 and box.shape[axis] > 1:
+        head, box = split_box(box, axis, -(-box.shape[axis] // count))
+        yield head
+        count -= 1
+    yield box
 
 
 def split_box(box: Box, axis: int, count: int) -> tuple[Box, Box]:

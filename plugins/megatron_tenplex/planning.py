@@ -83,7 +83,7 @@ class Planning:
         self, source: ParallelTensorCollection, target: ParallelTensorCollection, key: _Key
     ) -> ReshardPlan:
         with self.trace.timed("plan"):
-            plan = plan_reshard(source, target, placement=key[2], topology=self.topology)
+            plan = plan_reshard(source, target, placement=key[2], topology=self.topology, fan_out=True)
             _ = plan.digest  # computed once, here, and not where all workers compare it
         self.computed += 1
         return plan

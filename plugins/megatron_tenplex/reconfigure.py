@@ -282,7 +282,8 @@ class Reconfigurator:
         try:
             with self.trace.timed("groups"):
                 self._enter(parallel, members)
-                self.world.connect()
+                if self.role is not None:
+                    self.world.connect(self._megatron.training_groups())
             if build and self.role is not None:
                 self._megatron.seed_everything(self.seed)
                 with self.trace.timed("build"):

@@ -63,7 +63,10 @@ def test_tx16_model_from_a_file(capsys, tmp_path):
     assert plan(capsys, "--from", "tp=2", "--to", "pp=2", str(file))["workers"] == 2
     file.write_text(json.dumps({**shape, "layers": 2}))
     assert main(["plan", "--from", "tp=2", "--to", "pp=2", str(file)]) == 2
-    assert "layers" in capsys.readouterr().err
+    assert "unknown field 'layers'; did you mean 'num_layers'?" in capsys.readouterr().err
+    file.write_text("{")
+    assert main(["plan", "--from", "tp=2", "--to", "pp=2", str(file)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
 
 
 def test_tx21_simulator_for_many_ranks(capsys):

@@ -44,7 +44,13 @@ TOURS = {
     ),
     "vpp": (4, GPTJob(GPTShape(8, 32, 4, 128)), ["pp=4", "pp=4,vpp=2", "tp=2"], 3),
     "buckets": (2, GPTJob(bucket_size=30000), ["dp=2", "tp=2", "dp=2"], 3),
-    "replicated": (2, GPTJob(distributed_optimizer=False), ["tp=2", "dp=2", "pp=2"], 3),
+    # One holder and three workers without anything: parts are passed on (TX-28).
+    "replicated": (
+        4,
+        GPTJob(distributed_optimizer=False, global_batch_size=4),
+        ["tp=2,dp=1", "dp=1", "dp=4", "pp=2,dp=1"],
+        3,
+    ),
 }
 
 

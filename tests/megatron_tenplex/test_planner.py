@@ -226,6 +226,32 @@ def test_tx19_relayed_bytes_enter_each_host_once():
         assert plan.remote_bytes == plan_reshard(source, target, topology=hosts).remote_bytes
 
 
+@pytest.mark.parametrize("receivers", [3, 7])
+def test_tx28_few_holders_and_many_receivers(receivers):
+    source = gpt_layout(TINY, ParallelConfig(dp=1), precision="fp32")
+    replica = gpt_layout(TINY, ParallelConfig(dp=1), precision="fp32").shards[0]
+    target = ParallelTensorCollection(source.tensors, [replica] * (1 + receivers))
+    plan = plan_reshard(source, target, fan_out=True)
+    star = plan_reshard(source, target)
+    copy = source.held_bytes(0)
+    assert star.sent_bytes.max() == receivers * copy
+    assert plan.sent_bytes.max() <= 1.1 * copy
+    assert plan.remote_bytes == lower_bound(source, target) == receivers * copy
+    assert {move.phase for move in plan.moves if move.source != move.target} == {0, 1}
+    whole = values_of(source.tensors)
+    held = {s: tensor_of(s, whole[s.key]) for s in source.shards[0]}
+    into = [{s: torch.zeros_like(tensor_of(s, whole[s.key])) for s in shards} for shards in target.shards]
+    execute_local(plan, [held] + [{}] * receivers, into)
+    assert all(same_bits(t, tensor_of(s, whole[s.key])) for tensors in into for s, t in tensors.items())
+
+
+def test_tx28_layouts_with_flat_ranges_move_the_bound_with_fan_out_too():
+    for seed in range(40):
+        source, target = random_pair(seed)
+        plan = plan_reshard(source, target, fan_out=True)
+        assert plan.remote_bytes == lower_bound(source, target)
+
+
 def test_tx20_nested_placement_never_crosses_hosts_more_than_the_identity():
     hosts = Topology(ranks_per_host=2)
     for workers, before, after in ROWS:

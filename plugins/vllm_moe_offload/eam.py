@@ -52,8 +52,12 @@ class EAMTracer:
         ids = np.asarray(expert_ids).reshape(-1)
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"trace: layer {layer} of {self.num_layers}")
-        self._check(ids)
-        self._live(request_id)[layer] += np.bincount(ids, minlength=self.num_experts)
+        if len(ids) and ids.min() < 0:
+            raise IndexError(f"trace: expert id {ids.min()} of {self.num_experts}")
+        counts = np.bincount(ids, minlength=self.num_experts)
+        if len(counts) > self.num_experts:
+            raise IndexError(f"trace: expert id {len(counts) - 1} of {self.num_experts}")
+        self._live(request_id)[layer] += counts
         self._choices[request_id] += len(ids) * (layer == 0)
 
     def record_step(self, rows: Sequence[tuple[str, slice]], expert_ids: npt.NDArray[np.integer]) -> None:

@@ -27,7 +27,7 @@ class Field:
     dtype: torch.dtype
     offset: int
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the tensor of one expert."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -81,7 +81,6 @@ class SlabLayout:
         return {
             field.name: slabs[..., field.offset : field.offset + field.nbytes]
             .view(field.dtype)
-            .unflatten(-1, field.shape or (1,))
             .view((*slabs.shape[:-1], *field.shape))
             for field in self.fields
         }

@@ -127,6 +127,7 @@ def main() -> None:
             ),
         ],
         samples={"placement_and_planning_seconds": planning, "own_part_seconds": own},
+        folder=options.out,
         rows=rows,
         relay=relay,
         simulated=simulated,

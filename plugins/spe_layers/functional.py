@@ -83,10 +83,15 @@ def output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def use_kernels(x: Tensor, weight: Tensor, bands: Bands, backend: Backend) -> bool:
-    """Whether ``backend`` means the Triton kernels for these tensors; raises where it insists in vain."""
+def check_backend(backend: str) -> None:
+    """Refuse an unknown backend (ValueError)."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+
+
+def use_kernels(x: Tensor, weight: Tensor, bands: Bands, backend: Backend) -> bool:
+    """Whether ``backend`` means the Triton kernels for these tensors; raises where it insists in vain."""
+    check_backend(backend)
     if backend == "eager" or (backend == "auto" and not (x.is_cuda and _HAS_TRITON)):
         return False
     from spe_layers import kernels, triton_kernels

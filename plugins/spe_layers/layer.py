@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spe_layers.bands import Bands, as_bands
 from spe_layers.eager import phase_eager
 from spe_layers.encoding import positional_encoding
-from spe_layers.functional import Backend, check_sizes, spe
+from spe_layers.functional import Backend, check_backend, check_sizes, spe
 from spe_layers.init import Init, check_init, initialise
 from spe_layers.selection import select_bands
 
@@ -64,6 +64,7 @@ class SPE(nn.Module):
     ) -> None:
         super().__init__()
         check_init(init, phase_std)
+        check_backend(backend)
         if in_features < 1 or out_features < 1:
             raise ValueError(f"SPE needs sizes of at least 1, got {in_features} -> {out_features}")
         self.in_features, self.out_features = in_features, out_features

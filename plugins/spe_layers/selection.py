@@ -14,6 +14,7 @@ from spe_layers.encoding import positional_encoding
 from spe_layers.ntk import closed_form_ntk, leave_one_out
 
 DECAYS = (0.0, 0.5, 1.0, 1.5)
+NEIGHBOURHOODS = 4
 # Ratio of the two terms of the NTK does not depend on it beyond this width.
 NTK_WIDTH = 1024
 
@@ -40,12 +41,14 @@ def select_bands(
         coordinates: [N, D] (or [N], one coordinate), finite.
         targets: [N] or [N, C], finite.
         scale: radians per unit at multiplier 1.
-        max_points: points that are queried for neighbours, and points in the regression (drawn by ``seed``).
+        max_points: points that are queried for neighbours, and most points in the regression.
         candidates: bands to choose from by the targets, instead of the grid of band counts and decays.
         include_input: whether the coordinates are features; dropped when their range is outside [1/4, 8].
-        seed: of the draw of points.
+        seed: of the draw of points. Of more than twice ``max_points`` the regression takes a few with all
+            their nearest neighbours.
 
     Raises:
+        TypeError: coordinates or targets that are no tensors.
         ValueError: NaN or infinity, fewer than two distinct points, targets of another length, no candidates,
             candidates without targets.
 
@@ -76,7 +79,7 @@ def select_bands(
             stacklevel=2,
         )
         return choices[0]
-    rows = _draw(len(points), max_points, generator)
+    rows = _neighbourhoods(points, max_points, generator)
     device = coordinates.device if coordinates.is_cuda else torch.device("cpu")
     values = _target_rows(targets, len(points))[rows].to(device)
     return _least_error(points[rows].to(device), values, choices)
@@ -84,6 +87,7 @@ def select_bands(
 
 def _points(coordinates: Tensor) -> Tensor:
     """Coordinates as float64 [N, D] on the CPU, checked."""
+    _refuse_other_types(coordinates, "coordinates")
     if coordinates.dim() not in (1, 2):
         raise ValueError(f"coordinates must be [N, D] or [N], got shape {tuple(coordinates.shape)}")
     points = coordinates.detach().to("cpu", torch.float64)
@@ -94,7 +98,13 @@ def _points(coordinates: Tensor) -> Tensor:
     return points
 
 
+def _refuse_other_types(rows: object, what: str) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(rows).__name__}; pass torch.as_tensor({what})")
+
+
 def _target_rows(targets: Tensor, count: int) -> Tensor:
+    _refuse_other_types(targets, "targets")
     values = targets.detach().to("cpu", torch.float64)
     if values.dim() == 0 or len(values) != count:
         raise ValueError(f"targets must have one row a point: {count} points, shape {tuple(targets.shape)}")
@@ -150,6 +160,22 @@ def median_spacing(points: Tensor, max_queries: int, generator: torch.Generator)
 
 def _draw(count: int, limit: int, generator: torch.Generator) -> Tensor:
     return torch.arange(count) if count <= limit else torch.randperm(count, generator=generator)[:limit]
+
+
+def _neighbourhoods(points: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Rows of a few drawn points and their nearest neighbours, ``limit`` in all at most.
+
+    Few points drawn one by one from many would lie further apart than the samples do, and detail that only
+    the samples resolve would look like noise. Of up to twice the limit they are drawn all the same: that
+    changes the spacing little, and shows all of the data.
+    """
+    if len(points) <= 2 * limit:
+        return _draw(len(points), limit, generator)
+    from scipy.spatial import cKDTree
+
+    centres = points[_draw(len(points), NEIGHBOURHOODS, generator)].numpy()
+    _, near = cKDTree(points.numpy()).query(centres, k=max(limit // NEIGHBOURHOODS, 2))
+    return torch.from_numpy(near).flatten().unique()
 
 
 def _least_error(points: Tensor, targets: Tensor, choices: list[Bands]) -> Bands:

@@ -200,7 +200,7 @@ def test_bad_input_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"unknown init 'calibrate'.*did you mean 'calibrated'"):
         SPE(3, 8, 2, init="calibrate")
     with pytest.raises(ValueError, match="backend must be one of auto, eager, triton"):
-        SPE(3, 8, 2, backend="cuda")(torch.rand(2, 3))
+        SPE(3, 8, 2, backend="cuda")
     with pytest.raises(ValueError, match=r"weight must be \[H, 15\]"):
         spe(torch.rand(2, 3), torch.rand(4, 9), None, 2)
     with pytest.raises(ValueError, match="sizes of at least 1"):

@@ -112,8 +112,21 @@ def main() -> None:
                     f"{statistics.median(theirs):.2f} s against {statistics.median(ours):.2f} s",
                 )
             )
+    for before, after in pairwise(TOUR):
+        plain, shadow = (samples[f"{arm} {before} -> {after}"] for arm in ("live", "live, prepared"))
+        shares = [b / a for a, b in zip(plain, shadow, strict=True)]
+        headline.append(
+            Headline(
+                f"pause with a shadow over the plain pause, {before} -> {after}",
+                statistics.median(shadow) / statistics.median(plain),
+                "",
+                min(shares),
+                max(shares),
+                "< 0.25",
+            )
+        )
     for row in headline:
-        print(f"{row.what}: {row.value:.1f}x ({row.low:.1f} to {row.high:.1f}), {row.note}")
+        print(f"{row.what}: {row.value:.2f}{row.unit} ({row.low:.2f} to {row.high:.2f}) {row.note}")
     if not options.quick:
         write_result(
             "megatron_tenplex_reshard",

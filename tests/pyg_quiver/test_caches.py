@@ -99,7 +99,13 @@ for groups, keys in ((one, [5]), (three, [5, 6, 7])):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     # A batch whose buffers are larger than it needs, as replayed ones are.
     shape = triton_gpu._Shape(7, len(keys), (4, 3), False, 40).rounded_up()
-    c = triton_gpu._Batch(graph, shape).run(seeds, draws)
+    batch = triton_gpu._Batch(graph, shape)
+    fewer = Frontier(seeds.node[:2], torch.zeros(2, dtype=torch.int64))
+    for again in (seeds, fewer, seeds):  # and used before, for more and for less
+        c = batch.run(again, draws)
+        expected = triton_gpu.sample(graph, again, [4, 3], draws)
+        for name in ("node", "row", "col", "edge", "group"):
+            assert torch.equal(getattr(c, name), getattr(expected, name)), name
     for name in ("node", "row", "col", "edge", "group"):
         assert torch.equal(getattr(a, name), getattr(c, name)), name
     assert a.nodes_per_hop == c.nodes_per_hop and a.edges_per_hop == c.edges_per_hop

@@ -6,7 +6,8 @@ Traces scenes of 400x400 pixels, trains ensembles of nerfstudio's nerfacto and s
 share the GPUs at hand), and compares on views of the whole orbit: PH-Dropout in its modes, an ensemble,
 BayesRays' Laplace, FisherRF, 1 - accumulation and noise. Then, alone on the machine, times each of them.
 Results are rewritten as models finish, so a run that is cut off keeps what it has. ``--device cpu`` runs the
-same with the -tiny methods; ``--prepare`` traces the scenes only; ``--draw`` draws sheets from saved maps.
+same with the -tiny methods; ``--prepare`` traces the scenes only; ``--collect`` trains nothing and puts
+together what the work folder has; ``--draw`` draws sheets from saved maps.
 """
 
 from __future__ import annotations
@@ -472,6 +473,9 @@ def main() -> int:
     parser.add_argument("--splat-steps", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=30, help="sub-networks of NeRF arms")
     parser.add_argument("--prepare", action="store_true", help="trace the scenes and stop")
+    parser.add_argument(
+        "--collect", action="store_true", help="put together what the work folder has, and stop"
+    )
     parser.add_argument("--draw", type=Path, help="folder of saved maps: draw its sheets and stop")
     parser.add_argument("--keep", nargs="+", default=[], help="arms on the sheets that --draw makes")
     options = parser.parse_args()
@@ -489,6 +493,9 @@ def main() -> int:
             draw_saved(
                 path, options.out / f"{path.stem}.png", tuple(f"sigma: {name}" for name in options.keep)
             )
+        return 0
+    if options.collect:
+        collect(options, started)
         return 0
     for scene in options.scenes:
         folder = options.work / f"scene{scene}_{options.resolution}"

@@ -61,7 +61,9 @@ class Ingress:
             }
             yield {"start": start}
             now = self._home.get(instance, instance)
-            router = self._routers.setdefault(now, TokenRouter(RemoteEngine(grant["engine"])))
+            router = self._routers.setdefault(
+                now, TokenRouter(RemoteEngine(grant["engine"], grant["carries"]))
+            )
             request = RequestState(uuid.uuid4().hex, tuple(prompt), sampling=dict(sampling))
             async for token in router.generate(request):
                 yield {"token": token.id, "finish_reason": token.finish_reason}
@@ -79,6 +81,7 @@ class Ingress:
             grant = {
                 **grant,
                 "engine": loaded["engine"],
+                "carries": loaded["carries"],
                 "tier": loaded["tier"],
                 "load_s": loaded["seconds"],
             }
@@ -98,7 +101,8 @@ class Ingress:
                 loaded = await self._controller.begin.remote(target)
                 report = None
                 if router is not None:
-                    report = await router.migrate(RemoteEngine(loaded["engine"]), **options)
+                    destination = RemoteEngine(loaded["engine"], loaded["carries"])
+                    report = await router.migrate(destination, **options)
             except (MigrationError, ray.exceptions.RayError):
                 await self._controller.not_moved.remote(source, target, grant["instance"])
                 return False

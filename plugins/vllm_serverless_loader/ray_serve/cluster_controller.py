@@ -35,6 +35,7 @@ class _Engine:
     server: str
     owner: str
     requests: int = 0
+    carries: tuple[str, ...] = ()
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -56,7 +57,12 @@ class ClusterController:
 
     def _make_policy(self, config: ClusterConfig) -> Policy:
         if config.policy == "startup_time":
-            return StartupTimePolicy(self._models, migration=config.migration.get("enabled", True))
+            migration = config.migration
+            return StartupTimePolicy(
+                self._models,
+                migration=migration.get("enabled", True),
+                staging=migration.get("staging", True),
+            )
         others: dict[str, type[FirstAvailablePolicy | LocalityPolicy | RandomPolicy]]
         others = {"first_available": FirstAvailablePolicy, "locality": LocalityPolicy, "random": RandomPolicy}
         return others[config.policy](self._models)
@@ -83,7 +89,12 @@ class ClusterController:
         self._agents[name], self._sockets[name] = agent, facts["socket"]
         loading = LoadingTimeEstimator(self._config.bandwidth)
         self._servers[name] = ServerState(
-            name, facts["num_gpus"], facts["tiers"], loading, MigrationTimeEstimator()
+            name,
+            facts["num_gpus"],
+            facts["tiers"],
+            loading,
+            MigrationTimeEstimator(),
+            host_cache_bytes=self._config.host_cache_bytes,
         )
         for instance_id, (model, actor) in facts["engines"].items():
             # Left by a controller that crashed: idle as far as anyone knows.
@@ -140,6 +151,8 @@ class ClusterController:
             engine = self._engines[allocation.reuse]
             engine.instance.busy, engine.owner = True, owner
             return self._grant(engine, "device", 0.0, [])
+        if allocation.staged:
+            self._agents[allocation.server].stage.remote(self._config.models[model].path)
         for victim in allocation.evictions:
             await self._stop(victim)
         moves = [await self._prepare_move(move, owner) for move in allocation.migrations]
@@ -168,6 +181,7 @@ class ClusterController:
         return {
             "instance": engine.instance.id,
             "engine": engine.actor,
+            "carries": engine.carries,
             "server": engine.server,
             "tier": tier,
             "estimated_s": estimated_s,
@@ -175,7 +189,7 @@ class ClusterController:
         }
 
     async def begin(self, instance_id: str) -> dict[str, Any]:
-        """Start and load a reserved instance: ``engine``, ``seconds``, ``tier`` as measured."""
+        """Start and load a reserved instance: ``engine``, and what :meth:`EngineActor.load` returned."""
         engine = self._engines[instance_id]
         server = self._servers[engine.server]
         model = self._config.models[engine.instance.model]
@@ -199,6 +213,7 @@ class ClusterController:
             await self.release(instance_id, failed=True)
             raise
         server.io_free_at = min(server.io_free_at, time.monotonic())
+        engine.carries = tuple(measured["carries"])
         parts = self._models[engine.instance.model].partition_bytes
         server.loading.observe(parts, measured["tier"], measured["seconds"])
         agent = self._agents[engine.server]

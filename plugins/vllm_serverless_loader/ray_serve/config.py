@@ -46,7 +46,7 @@ class ClusterConfig:
         chunk_bytes: its unit.
         policy: one of ``POLICIES``.
         keep_alive_s: how long an instance stays after its last request.
-        migration: ``enabled``, ``max_gap_tokens``, ``max_rounds``.
+        migration: ``enabled``, ``max_gap_tokens``, ``max_rounds``, ``staging``.
         engine: ``"vllm"``, or ``"simulated"`` to try a cluster without GPUs: bytes are loaded, tokens are
             hashes.
         bandwidth: bytes per second of the links before anything was measured.
@@ -88,7 +88,7 @@ class ClusterConfig:
             raise ValueError("cluster config: models is empty")
         check_names(
             source.get("migration") or {},
-            ("enabled", "max_gap_tokens", "max_rounds"),
+            ("enabled", "max_gap_tokens", "max_rounds", "staging"),
             "cluster config: migration",
         )
         config = cls(**{**source, "models": models})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from vllm_serverless_loader.loading.options import LoadOptions
@@ -22,7 +22,7 @@ class EngineActor:
         self._aborted: set[str] = set()
 
     async def load(self) -> dict[str, Any]:
-        """Load the model; seconds it took, and whether its bytes were in the pool."""
+        """Load the model; seconds it took, the tier its bytes were in, and what its requests may carry."""
         begin = time.perf_counter()
         with StoreClient(self._socket) as client, client.open(self._model.path) as cached:
             hit = cached.hit
@@ -41,7 +41,8 @@ class EngineActor:
                 tensor_parallel_size=self._model.num_gpus,
                 **self._model.engine,
             )
-        return {"seconds": time.perf_counter() - begin, "tier": "host" if hit else "disk"}
+        seconds, tier = time.perf_counter() - begin, "host" if hit else "disk"
+        return {"seconds": seconds, "tier": tier, "carries": sorted(getattr(self._engine, "carries", ()))}
 
     async def generate(self, request: RequestState) -> AsyncIterator[Token]:
         """The tokens that follow ``request.token_ids``."""
@@ -65,10 +66,16 @@ class EngineActor:
 
 
 class RemoteEngine:
-    """An :class:`EngineActor` as a router's engine."""
+    """An :class:`EngineActor` as a router's engine.
 
-    def __init__(self, actor: Any) -> None:
+    Args:
+        actor: the loaded engine.
+        carries: as its :meth:`EngineActor.load` said.
+    """
+
+    def __init__(self, actor: Any, carries: Iterable[str] = ()) -> None:
         self.actor = actor
+        self.carries = frozenset(carries)
 
     async def generate(self, request: RequestState) -> AsyncIterator[Token]:
         """The tokens that follow ``request.token_ids``."""

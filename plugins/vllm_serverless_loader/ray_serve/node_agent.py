@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from vllm_serverless_loader.loading.host_cache import HostCache
-from vllm_serverless_loader.loading.store import StoreServer
+from vllm_serverless_loader.loading.store import StoreClient, StoreServer
 from vllm_serverless_loader.ray_serve.config import ClusterConfig
 
 
@@ -46,6 +48,17 @@ class NodeAgent:
             elif Path(model.path).is_dir():
                 found[name] = "disk"
         return found
+
+    def stage(self, path: str) -> None:
+        """Read a model into the pool in the background; an engine that asks for it shares the read."""
+        threading.Thread(
+            target=self._stage, args=(path,), name="serverless-loader-stage", daemon=True
+        ).start()
+
+    def _stage(self, path: str) -> None:
+        # Only a head start: the engine's own load meets the same error and reports it.
+        with suppress(OSError, ValueError, MemoryError), StoreClient(self._server.socket_path) as client:
+            client.open(path).release()
 
     def register(self, instance: str, model: str, engine: Any) -> None:
         """Remember an engine."""

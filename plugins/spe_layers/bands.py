@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 Layout = Literal["nerf", "nerfstudio", "tcnn"]
-_LARGEST_RATE = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,6 @@ class Bands:
             raise ValueError(f"Bands.multipliers must be positive and finite, got {self.multipliers}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"Bands.scale must be positive and finite, got {self.scale}")
-        if self.scale * max(self.multipliers, default=0.0) > _LARGEST_RATE:
-            raise ValueError(
-                f"Bands reach {self.scale * max(self.multipliers):.3g} rad per coordinate unit, where "
-                "float32 phases would overflow: use fewer bands, or scale the coordinates"
-            )
         if self.amplitudes is not None:
             if len(self.amplitudes) != len(self.multipliers):
                 raise ValueError(

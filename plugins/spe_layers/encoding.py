@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spe_layers.bands import Bands, as_bands
 
+LARGEST_RATE = 2.0**100  # radians per coordinate unit that float32 can take, whatever the usual coordinate
 # One rounding step of a coordinate may move the highest phase by this much (radians) and no more.
 MAX_PHASE_STEP = 0.1
 
@@ -18,13 +19,19 @@ def coordinate_dtype(x: Tensor, bands: Bands) -> torch.dtype:
 
     Raises:
         TypeError: integer, boolean or complex coordinates.
-        ValueError: 16-bit coordinates whose rounding step spoils the highest band.
+        ValueError: 16-bit coordinates whose rounding step spoils the highest band; bands beyond float32.
     """
     if not x.is_floating_point():
         raise TypeError(f"coordinates must be floating point, got {x.dtype}; pass x.float()")
+    fastest = bands.scale * max(bands.multipliers, default=0.0)
+    if fastest > LARGEST_RATE:
+        raise ValueError(
+            f"bands reach {fastest:.3g} rad per coordinate unit, where float32 phases overflow: "
+            "use fewer bands, or scale the coordinates"
+        )
     if x.dtype in (torch.float32, torch.float64):
         return x.dtype
-    step = bands.scale * max(bands.multipliers, default=0.0) * torch.finfo(x.dtype).eps
+    step = fastest * torch.finfo(x.dtype).eps
     if step > MAX_PHASE_STEP:
         name = str(x.dtype).removeprefix("torch.")
         raise ValueError(

@@ -265,7 +265,7 @@ def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tupl
             title = kind if name == "image" else name.replace("sigma: ", "\u03c3: ")
             shown.append((title, panel.astype(np.float32)))
         panels += [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
-    size = (1.75 * COLUMNS, 2.05 * len(panels))
+    size = (1.75 * COLUMNS, 2.2 * len(panels))
     figure, axes = plt.subplots(len(panels), COLUMNS, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -277,7 +277,7 @@ def draw(path: Path, maps: dict[str, dict[str, NDArray[np.float32]]], keep: tupl
             else:
                 top = max(float(np.quantile(values, 0.995)), 1e-6)
                 axis.imshow(values, cmap="magma" if title == "error" else "viridis", vmin=0, vmax=top)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, h_pad=1.2)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -172,7 +172,8 @@ def on_vllm(folder: Path, repeats: int, budget: float) -> tuple[list[Headline], 
         return loop.run_until_complete(one(*engines, request, 12, rounds=rounds, gap=8))
 
     async def both() -> None:
-        engines.extend((start(), start()))
+        for _ in range(2):
+            engines.append(start())
 
     try:
         loop.run_until_complete(both())

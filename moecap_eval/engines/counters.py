@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -76,6 +77,9 @@ class PassCounters:
         self._row_numbers = numbers[:, None].repeat(1, self._width)
         self._nobody = torch.full_like(self._row_numbers, num_experts)
 
+        # Made once a size: slicing a tensor takes the host as long as an operation on it.
+        self._views = lru_cache(maxsize=256)(self._make_views)
+
         self._kept: list[tuple[int, Tensor]] = []
         self._appended = 0  # rows of the current pass
         self._active = False
@@ -134,13 +138,19 @@ class PassCounters:
         first, last = self._appended, min(self._appended + rows, self._max_rows)
         rows = last - first
         ids = [self._fitted(layer, rows) for layer in part]
-        tokens = self._input_ids[first:last].to(torch.int32)[:, None].expand(rows, self._width)
-        joined = torch.cat((*ids, tokens, self._row_numbers[first:last]))
-        self._ring.index_copy_(
-            1, self._positions[:rows], joined.view(self._num_layers + 2, rows, self._width)
-        )
+        tokens, numbers, positions = self._views(first, last)
+        if tokens.dtype != torch.int32:
+            tokens = tokens.to(torch.int32)
+        joined = torch.cat((*ids, tokens, numbers))
+        entries = joined.view(self._num_layers + 2, rows, self._width)
+        self._ring.index_copy_(1, positions, entries)
         self._positions.add_(rows).clamp_(max=self._capacity)
         self._appended = last
+
+    def _make_views(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and numbers of a pass's rows ``first`` to ``last``, and where they go in the ring."""
+        tokens = self._input_ids[first:last, None].expand(-1, self._width)
+        return tokens, self._row_numbers[first:last], self._positions[: last - first]
 
     def _fitted(self, ids: Tensor | None, rows: int) -> Tensor:
         """Int32 ids of exactly ``rows`` rows; those a layer left out name no expert."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Chunk = tuple[list[float], np.ndarray]  # seconds of each pass, and what was counted of all
-_MAX_IN_FLIGHT = 64
+_MAX_IN_FLIGHT = 8  # chunks whose counts wait in pinned memory
 
 
 class HostLane:

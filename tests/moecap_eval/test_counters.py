@@ -18,7 +18,7 @@ from moecap_eval.engines.lanes import HostLane
 
 LAYERS, EXPERTS, TOP_K, MAX_ROWS, GRAPH_ROWS = 2, 6, 2, 16, 4
 RING_ROWS = 90
-EAGER_OPERATIONS, REPLAYED_CALLS = 10, 6  # of a recorded pass, on the host
+EAGER_OPERATIONS, REPLAYED_CALLS = 5, 6  # of a recorded pass, on the host
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -311,7 +311,7 @@ def host_cost(work: Callable[[], None]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("layers", [2, 24, 61])
 def test_cap08_a_recorded_step_costs_the_host_the_same_for_any_number_of_layers(layers: int) -> None:
-    """A replayed graph: two readings of the clock and no tensor is touched. An eager pass: 10 operations,
+    """A replayed graph: two readings of the clock and no tensor is touched. An eager pass: 5 operations,
     and for each layer one call of what vLLM was given."""
     bench = Bench(num_layers=layers, ring_rows=5000)
     ids = [torch.zeros((1, TOP_K), dtype=torch.int32) for _ in range(layers)]
@@ -319,8 +319,9 @@ def test_cap08_a_recorded_step_costs_the_host_the_same_for_any_number_of_layers(
 
     def eager() -> None:
         bench.counters.begin(1)
-        for function, of_layer in zip(functions, ids, strict=True):
-            function(of_layer)
+        with torch.inference_mode():  # as an engine runs its model
+            for function, of_layer in zip(functions, ids, strict=True):
+                function(of_layer)
         bench.counters.end()
 
     def replayed() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moecap_eval import compare, read_records
+from moecap_eval import read_records
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_runs import moecap
@@ -84,7 +84,7 @@ def test_cap15_a_real_engine_killed_twice_leaves_every_block_once(tmp_path: Path
         "workload": "moecap_eval.workloads.text_generation:TextGeneration",
         "params": params,
         "arms": {"plain": {}},
-        "compare": {"blocks": BLOCKS, "warm_up": 1, "aa_control": True},
+        "compare": {"blocks": BLOCKS, "warm_up": 0, "aa_control": True},
         "hardware": {"profile": "cpu-reference", "peaks": "spec"},
     }
     config.write_text(yaml.safe_dump(content))
@@ -116,4 +116,5 @@ def test_cap15_a_real_engine_killed_twice_leaves_every_block_once(tmp_path: Path
             assert not any(step.invalid for step in steps)
     assert len({sample.item for sample in records.samples["plain"]}) == ITEMS
     # Greedy answers are those of one engine, however often it was killed.
-    assert compare(records).identical_outputs["plain#aa"] == (ITEMS, ITEMS)
+    digests = [{sample.item: sample.digest for sample in records.samples[arm]} for arm in records.slots]
+    assert digests[0] == digests[1]

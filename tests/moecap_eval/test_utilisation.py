@@ -139,6 +139,6 @@ def test_cap10_cost_sheet_by_hand(tmp_path):
     assert row.baseline_value == pytest.approx(1e6 * usd / (32 * 8), rel=1e-9)
     assert row.value == pytest.approx(0.5 * row.baseline_value, rel=1e-9)
     sheet = cost_sheet(records, compare(records))
-    assert sheet["rows"][0]["time"] == "0.320 s"
+    assert sheet["rows"][0]["time"] == "320 ms"
     assert sheet["rows"][0]["energy"] == "not measured"
     assert {row["source"] for row in sheet["assumptions"]} == {"config"}

@@ -30,6 +30,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Undo what tests of one framework do to those of another in the same process."""
+    _hide_dunder_names_of_llvmlite()
+    _restore_set_num_threads()
+
+
+def _restore_set_num_threads() -> None:
+    """A vLLM engine for CPUs replaces ``torch.set_num_threads`` by nothing, for good.
+
+    A forked worker that cannot set 1 thread waits forever for OpenMP threads that a fork does not copy.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads = torch._C.set_num_threads
+
+
+def _hide_dunder_names_of_llvmlite() -> None:
     """Let vLLM start in a process that has imported numba.
 
     Its CPU platform looks at ``vars(x)`` of everything that any module holds, and llvmlite's handle of its C

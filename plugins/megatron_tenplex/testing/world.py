@@ -90,7 +90,9 @@ def _fork(
     gc.freeze()  # collecting the parent's stores here would wait for threads that a fork does not copy
     code = 1
     try:
-        torch.set_num_threads(1)
+        # A fork copies no OpenMP threads, and waits for them if it thinks that it has them. Not
+        # ``torch.set_num_threads``, which a vLLM engine for CPUs in the parent replaces by nothing.
+        torch._C.set_num_threads(1)
         port = listener.getsockname()[1]
         listener.close()
         stack = open(folder / f"{worker}.stack", "w")  # noqa: SIM115 - faulthandler writes to it later

@@ -38,6 +38,7 @@ class ArmStory:
     """One arm in words. ``gains``, ``losses``, ``same`` and ``unclear`` are phrases with figures.
 
     ``gain`` and ``loss`` are what to say in a sentence: the headline axes, and how many others there are.
+    ``decisive``: a headline axis is among the gains.
     ``accuracy_open``: a headline accuracy is not settled and the outputs are not all the baseline's.
     """
 
@@ -51,6 +52,7 @@ class ArmStory:
     loss: str
     sentence: str
     improvement: float
+    decisive: bool
     accuracy_open: bool
 
 
@@ -121,6 +123,7 @@ def tell(comparison: Comparison, arm: str) -> ArmStory:
         _in_a_sentence(losses),
         "",
         _improvement(comparison, arm),
+        any(axis.headline for axis, _ in gains),
         _accuracy_open(comparison, arm),
     )
     return replace(story, sentence=_sentence(comparison, story))
@@ -136,7 +139,7 @@ def _in_a_sentence(phrases: Sequence[tuple[Axis, str]]) -> str:
 def recommend(comparison: Comparison) -> Recommendation:
     """The arm to choose.
 
-    An arm replaces the baseline when it is better on something, worse on nothing, and its accuracy is
+    An arm replaces the baseline when it is better on a headline axis, worse on nothing, and its accuracy is
     settled; of several such arms the one with the largest mean improvement over the headline axes does.
     Trade-offs are named as such.
     """
@@ -145,7 +148,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     if not stories:
         text = "Only one arm was run, so there is nothing to compare it with; its figures are below."
         return Recommendation(baseline, f"Only {baseline} was measured", text, ())
-    better = [story for story in stories if story.outcome == "better"]
+    better = [story for story in stories if story.outcome == "better" and story.decisive]
     winners = sorted(
         (story for story in better if not story.accuracy_open),
         key=lambda story: story.improvement,
@@ -177,6 +180,8 @@ def recommend(comparison: Comparison) -> Recommendation:
         reason = "Every arm does the same within the margins, so there is no reason to change."
     elif any(story.outcome == "trade-off" for story in stories):
         reason = "No other arm is better without giving something up."
+    elif any(story.outcome == "better" for story in stories):
+        reason = "No other arm is better on a headline axis; what else differs is below."
     else:
         reason = "No other arm is better on anything that was measured."
     return Recommendation(baseline, f"Keep {baseline}", reason, tips)

@@ -224,6 +224,20 @@ def test_stories_and_recommendation(tmp_path):
     assert advice.otherwise[0].startswith("Choose slow only if 0.30× the fast memory is worth")
 
 
+@pytest.mark.parametrize("headline", [True, False])
+def test_only_a_headline_axis_is_a_reason_to_change(tmp_path, headline):
+    folder = write_run(tmp_path, {"plain": PLAIN, "small": {**PLAIN, "memory": 30}})
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    header = json.loads(lines[0])
+    next(axis for axis in header["axes"] if axis["name"] == "fast_memory_bytes")["headline"] = headline
+    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    comparison = compare(folder)
+    assert tell(comparison, "small").outcome == "better"
+    advice = recommend(comparison)
+    assert advice.headline == ("Choose small" if headline else "Keep plain")
+    assert ("headline axis" in advice.reason) != headline
+
+
 def test_an_arm_of_unsettled_accuracy_is_not_recommended(tmp_path):
     """One answer of eight lost: far from a verdict at a margin of 0.3, but the outputs differ."""
     fast = {**eight_blocks_like(0.8), "right": [1, 1, 1, 1, 1, 1, 1, 0]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,15 @@ def write_run(folder: Path, arms: dict[str, dict], *, items_of=None, failures=No
 
 
 PLAIN = {"wall": [1.0, 1.1, 0.9, 1.0], "usd": 0.002}
+
+
+@contextmanager
+def edited_header(folder: Path) -> Iterator[dict]:
+    """The run's first record, written back when the block ends."""
+    first, *others = (folder / "records.jsonl").read_text().splitlines()
+    header = json.loads(first)
+    yield header
+    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *others]) + "\n")
 
 
 def test_ratios_are_paired_by_block_and_values_are_ratios_of_sums(tmp_path):
@@ -207,10 +218,8 @@ def test_stories_and_recommendation(tmp_path):
     """Verdicts need small p-values: a confidence of 0.5 lets four blocks show what twelve would at 95 %."""
     arms = {"plain": PLAIN, "slow": {**eight_blocks_like(1.3), "memory": 30}, "fast": eight_blocks_like(0.8)}
     folder = write_run(tmp_path, arms)
-    lines = (folder / "records.jsonl").read_text().splitlines()
-    header = json.loads(lines[0])
-    header["config"]["compare"]["confidence"] = 0.5
-    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    with edited_header(folder) as header:
+        header["config"]["compare"]["confidence"] = 0.5
     comparison = compare(folder)
     assert tell(comparison, "fast").outcome == "better"
     slow = tell(comparison, "slow")
@@ -227,10 +236,8 @@ def test_stories_and_recommendation(tmp_path):
 @pytest.mark.parametrize("headline", [True, False])
 def test_only_a_headline_axis_is_a_reason_to_change(tmp_path, headline):
     folder = write_run(tmp_path, {"plain": PLAIN, "small": {**PLAIN, "memory": 30}})
-    lines = (folder / "records.jsonl").read_text().splitlines()
-    header = json.loads(lines[0])
-    next(axis for axis in header["axes"] if axis["name"] == "fast_memory_bytes")["headline"] = headline
-    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    with edited_header(folder) as header:
+        next(axis for axis in header["axes"] if axis["name"] == "fast_memory_bytes")["headline"] = headline
     comparison = compare(folder)
     assert tell(comparison, "small").outcome == "better"
     advice = recommend(comparison)
@@ -242,11 +249,9 @@ def test_an_arm_of_unsettled_accuracy_is_not_recommended(tmp_path):
     """One answer of eight lost: far from a verdict at a margin of 0.3, but the outputs differ."""
     fast = {**eight_blocks_like(0.8), "right": [1, 1, 1, 1, 1, 1, 1, 0]}
     folder = write_run(tmp_path, {"plain": PLAIN, "fast": fast})
-    lines = (folder / "records.jsonl").read_text().splitlines()
-    header = json.loads(lines[0])
-    header["config"]["compare"]["confidence"] = 0.6
-    next(axis for axis in header["axes"] if axis["name"] == "exact_match")["margin"] = 0.05
-    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    with edited_header(folder) as header:
+        header["config"]["compare"]["confidence"] = 0.6
+        next(axis for axis in header["axes"] if axis["name"] == "exact_match")["margin"] = 0.05
     advice = recommend(compare(folder))
     assert advice.headline == "Keep plain"
     assert advice.reason == "Another arm looks better, but whether it stays as accurate is not settled."
@@ -300,10 +305,8 @@ def test_sentences_name_headline_axes_and_count_the_others(tmp_path):
         "busy": {**PLAIN, "values": {"s_mbu": [0.8] * 4, "loss": [1.0] * 4}},
     }
     folder = write_run(tmp_path, arms)
-    lines = (folder / "records.jsonl").read_text().splitlines()
-    header = json.loads(lines[0])
-    header["config"]["compare"]["confidence"] = 0.5
-    (folder / "records.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    with edited_header(folder) as header:
+        header["config"]["compare"]["confidence"] = 0.5
     comparison = compare(folder)
     fast, busy = tell(comparison, "fast"), tell(comparison, "busy")
     assert len(fast.gains) == 3

@@ -30,7 +30,14 @@ MODES = {
 
 
 def gpu_engine(folder, options=None, **arguments):
-    return engine(folder, options, gpu_memory_utilization=0.2, max_num_seqs=8, **arguments)
+    return engine(
+        folder,
+        options,
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=1 << 30,
+        max_num_seqs=8,
+        **arguments,
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -197,8 +197,9 @@ def peer_access(reader: int, owner: int) -> bool:
         return True
     if not torch.cuda.can_device_access_peer(reader, owner):
         return False
-    # PyTorch enables access for a pair of devices when it first copies between them.
-    torch.zeros(1, device=f"cuda:{owner}").to(f"cuda:{reader}")
+    # PyTorch enables access when it first copies between two devices, and only from the source to the
+    # destination: the reader must be the one that copies.
+    torch.zeros(1, device=f"cuda:{reader}").to(f"cuda:{owner}")
     return True
 
 

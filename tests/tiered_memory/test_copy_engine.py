@@ -167,14 +167,13 @@ def test_tm05_after_and_wait_order_reads_and_writes():
 def test_tm05_done_never_blocks_and_sources_outlive_their_names():
     engine = CopyEngine("cuda")
     target = torch.zeros(1 << 26, dtype=torch.uint8, device="cuda")
+    source = torch.full((1 << 26,), 4, dtype=torch.uint8).pin_memory()
     torch.cuda.synchronize()
-    torch.cuda._sleep(200_000_000)
-    copy = engine.submit(
-        [(target, torch.full((1 << 26,), 4, dtype=torch.uint8).pin_memory())],
-        after=torch.cuda.current_stream(),
-    )
-    gc.collect()
+    torch.cuda._sleep(2_000_000_000)
+    copy = engine.submit([(target, source)], after=torch.cuda.current_stream())
     assert not copy.done
+    del source
+    gc.collect()
     copy.synchronize()
     assert copy.done
     assert bool((target == 4).all())

@@ -8,7 +8,8 @@ nothing that is received is unpickled.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,14 +73,24 @@ class RemoteMemory:
     """Another process's allocations on one GPU, opened for writing. Context manager."""
 
     def __init__(self, device: int) -> None:
-        self._device = device
         self._opened: dict[str, int] = {}
-        with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)
+        self._number, self._context = ctypes.c_int(), ctypes.c_void_p()
+        _call("cuDeviceGet", ctypes.byref(self._number), device)
+        _call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._number)
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """The device's context is this thread's: the driver, unlike the runtime, never sets one by itself."""
+        _call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def copy(self, handle: str, offset: int, source: Tensor) -> None:
         """Queue a copy of ``source`` (CPU, contiguous) to ``offset`` in the allocation."""
-        with torch.cuda.device(self._device):
+        with self._current():
             if handle not in self._opened:
                 content = bytes.fromhex(handle)
                 if len(content) != 64:
@@ -100,8 +111,9 @@ class RemoteMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with torch.cuda.device(self._device):
-            self._stream.synchronize()
+        self._stream.synchronize()
+        with self._current():
             for address in self._opened.values():
                 _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
         self._opened.clear()
+        _call("cuDevicePrimaryCtxRelease_v2", self._number)

@@ -125,6 +125,13 @@ def copy_straight(extents: Extents, chunks: Sequence[Chunk], destinations: Mappi
             copy.synchronize()
 
 
+def _numbered(device: torch.device) -> torch.device:
+    """The device as tensors on it name it: ``cuda`` alone means the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class Slot:
     """One chunk of staging memory; its owner fills ``buffer`` and sends parts of it."""
 
@@ -156,7 +163,7 @@ class Staging:
         self._free = deque(Slot(self, self._arena.empty(chunk_bytes)) for _ in range(slots))
         self._changed = threading.Condition()
         self._submit_lock = threading.Lock()
-        self._engines = {device: CopyEngine(device) for device in devices}
+        self._engines = {device: CopyEngine(device) for device in map(_numbered, devices)}
         for engine_device in self._engines:
             if engine_device.type == "cuda":
                 # Destinations were allocated on the current stream; their earlier use must be over.

@@ -2,11 +2,11 @@
 
 python benchmarks/pyg_quiver_gpu.py [--out DIR] [--quick] [--budget SECONDS] [--only SECTION ...]
 
-Sections: check, sampling, crossing, features, peers (two GPUs), cache, metrics, training, papers. Needs a
-CUDA device (does nothing without one; --rehearse runs all but the kernels on the CPU with a tiny graph and
-writes nothing). Arms of a comparison take turns in one run. CPU arms use numba where it is installed,
-otherwise torch operations of the same bits, and the result says which. The result file is written again
-after each section; sections that the budget leaves no time for are left out. About 120 s on an H100.
+Sections: check, sampling, columns, crossing, features, peers (two GPUs), cache, metrics, training, papers.
+Needs a CUDA device (does nothing without one; --rehearse runs all but the kernels on the CPU with a tiny
+graph and writes nothing). Arms of a comparison take turns in one run. CPU arms use numba where it is
+installed, otherwise torch operations of the same bits, and the result says which. The result file is written
+again after each section; sections that the budget leaves no time for are left out. About 120 s on an H100.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ PRODUCTS = (2_449_029, 123_718_280, 100)  # nodes, directed edges, features
 FANOUTS = [15, 10, 5]
 PAPERS = (111_059_956, 1_615_685_872, 128)
 PAPERS_SCALE = 4  # rows and edges of the papers section are a quarter: what pins in about a minute
-SECTIONS = ("check", "sampling", "crossing", "features", "peers", "cache", "metrics", "training", "papers")
+SECTIONS = (
+    "check", "sampling", "columns", "crossing", "features", "peers", "cache", "metrics", "training", "papers",
+)  # fmt: skip
 REHEARSAL = "--rehearse" in sys.argv
 DEVICE = "cpu" if REHEARSAL else "cuda"
 KERNELS: Any = "torch" if REHEARSAL else "triton"  # the interpreter is too slow for these batches
@@ -202,6 +204,26 @@ def sampling(run: Run, setting: Setting) -> None:
             for peer, target in peers.items():
                 what = f"GPU / {peer}, batch {batch}"
                 run.ratio(what, label, "GPU", peer, target=target, note=CPU_BACKEND)
+
+
+def columns(run: Run, setting: Setting) -> None:
+    """What bounds UVA sampling: the same columns of pinned memory read by nothing but a gather."""
+    from tiered_memory.gather import gather_rows
+
+    node = [setting.seeds(BATCH, i) for i in range(4)]
+    edge = [setting.gpu.sample(seeds, key=i).edge for i, seeds in enumerate(node)]
+    pinned = setting.topology.row.view(-1, 1)
+    pinned = pinned if REHEARSAL else pinned.pin_memory()
+    arms = {
+        "UVA": lambda: [setting.uva.sample(seeds, key=i) for i, seeds in enumerate(node)],
+        "GPU": lambda: [setting.gpu.sample(seeds, key=i) for i, seeds in enumerate(node)],
+        "bare reads": lambda: [gather_rows(pinned, at) for at in edge],
+    }
+    total = sum(at.numel() for at in edge)
+    for arm, seconds in run.time("columns", arms, repeats=9).items():
+        run.figure(f"{arm}: sampled columns of batches of {BATCH}", total / seconds / 1e6, "M edges/s")
+    run.ratio("UVA sampling / bare reads of the same columns", "columns", "UVA", "bare reads")
+    run.ratio("bare reads of columns in pinned memory / GPU sampling", "columns", "bare reads", "GPU")
 
 
 def crossing(run: Run, setting: Setting) -> None:
@@ -389,35 +411,46 @@ def peers(run: Run, setting: Setting) -> None:
     if len(devices.cliques()[0]) < 2:
         print("peers: the GPUs have no link; nothing measured", flush=True)
         return
+    from tiered_memory.gather import gather_rows
+
+    rows, calls = 1 << 28, 4  # bytes of a tier; calls in a row, so that launching overlaps with running
     for width in (32, 128, 512):
-        x = torch.randn(setting.nodes // (width // 32), width)
-        hot = torch.rand(x.shape[0])
-        plan = plan_placement(
-            hot, width * 4, devices, device_budget=-(-x.shape[0] // len(devices)) * width * 4
-        )
+        x = torch.randn(2 * rows // (width * 4), width)
+        plan = plan_placement(torch.rand(x.shape[0]), width * 4, devices, device_budget=rows)
         store = QuiverFeatureStore("cuda:0", plan=plan)
         store.put_tensor(x, group_name=None, attr_name="x", index=None)
-        far = plan.rows(1)[torch.randint(0, plan.rows(1).numel(), (200_000,))]
-        both = torch.randint(0, x.shape[0], (400_000,))
+        count = rows // (width * 4)
+        far = plan.rows(1)[torch.randint(0, plan.rows(1).numel(), (count,))]
+        both = torch.randint(0, x.shape[0], (2 * count,))
         assert torch.equal(store.get_tensor(group_name=None, attr_name="x", index=both).cpu(), x[both])
-        far_there, both_there = far.to("cuda:0"), both.to("cuda:0")
-        source = torch.empty(far.numel(), width, device="cuda:1")
-        out = torch.empty(far.numel(), width, device="cuda:0")
+        far, both = far.to("cuda:0"), both.to("cuda:0")
+        few = far[:200_000]
+        placed = store._placed[None, "x"]
+        source = torch.empty(count, width, device="cuda:1")
+        out = torch.empty(count, width, device="cuda:0")
+
+        def read(index: torch.Tensor, times: int, store: QuiverFeatureStore = store) -> None:
+            for _ in range(times):
+                store.get_tensor(group_name=None, attr_name="x", index=index)
+
         arms = {
-            "rows of the peer": lambda s=store, i=far_there: s.get_tensor(
-                group_name=None, attr_name="x", index=i
-            ),
-            "peer copy": lambda out=out, source=source: out.copy_(source),
-            "rows of both": lambda s=store, i=both_there: s.get_tensor(
-                group_name=None, attr_name="x", index=i
-            ),
+            "rows of the peer": lambda i=far, read=read: read(i, calls),
+            "bare gather": lambda p=placed, i=far: [gather_rows(p.sources, p.code, i) for _ in range(calls)],
+            "peer copy": lambda out=out, source=source: [out.copy_(source) for _ in range(calls)],
+            "rows of both": lambda i=both, read=read: read(i, calls),
+            "200,000 rows of the peer, one call": lambda i=few, read=read: read(i, 1),
         }
-        label = f"peers {width * 4} B"
+        label, size = f"peers {width * 4} B", width * 4
         seconds = run.time(label, arms, repeats=9)
-        for arm, count in (("rows of the peer", 200_000), ("peer copy", 200_000), ("rows of both", 400_000)):
-            run.figure(f"{arm}, {width * 4} B rows", count * width * 4 / seconds[arm] / 1e9, "GB/s")
-        what = f"feature store from a peer / peer copy, {width * 4} B rows"
-        run.ratio(what, label, "rows of the peer", "peer copy", target=">= 0.9" if width >= 128 else ">= 0.7")
+        moved = dict.fromkeys(arms, calls * rows)
+        moved |= {"rows of both": 2 * calls * rows, "200,000 rows of the peer, one call": few.numel() * size}
+        for arm in arms:
+            run.figure(f"{arm}, {size} B rows", moved[arm] / seconds[arm] / 1e9, "GB/s")
+        target = ">= 0.9" if width >= 128 else ">= 0.7"
+        for arm, name in (("rows of the peer", "feature store"), ("bare gather", "bare gather")):
+            run.ratio(
+                f"{name} from a peer / peer copy, {size} B rows", label, arm, "peer copy", target=target
+            )
 
 
 def papers(run: Run, setting: Setting) -> None:
@@ -501,8 +534,8 @@ def main() -> None:
     run.found["cpu_backend"] = CPU_BACKEND
     print(f"-- graph: {time.perf_counter() - began:.1f} s", flush=True)
     simple: dict[str, Callable[[Run, Setting], Any]] = {
-        "check": check, "sampling": sampling, "crossing": crossing, "metrics": metrics, "peers": peers,
-        "cache": cache, "features": features, "training": training, "papers": papers,
+        "check": check, "sampling": sampling, "columns": columns, "crossing": crossing, "metrics": metrics,
+        "peers": peers, "cache": cache, "features": features, "training": training, "papers": papers,
     }  # fmt: skip
     failed: list[str] = []
     left_out: list[str] = []

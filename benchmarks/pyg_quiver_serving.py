@@ -12,6 +12,7 @@ request at a time; its sampler is ours, which is faster than pyg-lib's (pyg_quiv
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -54,7 +55,7 @@ BATCH_PSGS = {"cpu": 5_000.0, "gpu": 300_000.0}  # on a CPU larger batches only 
 SIZES = (2_449_029, 123_718_280, 100, [15, 10, 5], [8, 4, 2], 128) if GPU else (
     100_000, 2_500_000, 100, [10, 5], [5, 2], 64,
 )  # fmt: skip
-FIRST_RATE, FACTOR = 100, 1.6
+FIRST_RATE, FACTOR, REFINEMENTS = 100, 2.0, 2
 COLUMNS = ("rate", "p50_s", "p99_s", "p99_9_s", "goodput", "lateness_p99_s", "rejected", "requests", "valid")
 IMAGE = ROOT / "docs" / "images" / "pyg_quiver_serving.png"
 
@@ -152,6 +153,8 @@ def one_at_a_time(setting: Setting, sampler: QuiverSampler) -> Any:
         return run_model(setting, sampled, rows.to(DEVICE, non_blocking=True), node.numel())
 
     with ThreadPoolExecutor(1) as pool:
+        for node in setting.requests[-20:]:
+            pool.submit(answer, node).result(120)
         yield lambda node: pool.submit(answer, node)
 
 
@@ -188,17 +191,22 @@ def servers(setting: Setting) -> dict[str, Callable[[], AbstractContextManager[S
     cost = calibrate(setting.samplers, batch_sizes=(1, 4, 16, 64, 256), repeats=5)
     found["earliest finish"] = lambda: engine(EarliestFinishRouter(cost.cost))
     found["GPU only"] = lambda: engine(routes=("gpu",))
+    found["torch-only GPU sampling"] = lambda: one_at_a_time(setting, on_gpu)
     found["CPU only"] = lambda: engine(routes=("cpu",))
     found["earliest finish, degrading"] = lambda: engine(EarliestFinishRouter(cost.cost), degrading=True)
     found["threshold"] = lambda: engine(ThresholdRouter.from_profile(cost))
-    found["torch-only GPU sampling"] = lambda: one_at_a_time(setting, on_gpu)
     return found
 
 
 def measure(submit: Submit, requests: list[torch.Tensor], rate: float, seconds: float) -> dict[str, Any]:
-    """One offered load."""
-    count = min(max(int(rate * seconds), 100), len(requests))
-    report: LoadReport = open_loop(submit, requests[:count], poisson_arrivals(rate, count, seed=int(rate)))
+    """One offered load. A run whose generator was late is void and repeated once."""
+    count = min(max(int(rate * seconds), 60), len(requests))
+    for _ in range(2):
+        gc.collect()  # what earlier loads left; during a load there is little to collect
+        arrivals = poisson_arrivals(rate, count, seed=int(rate))
+        report: LoadReport = open_loop(submit, requests[:count], arrivals)
+        if report.valid(SLO_S) or report.percentile(99) > 3 * SLO_S:
+            break
     lateness = float(torch.quantile(torch.from_numpy(report.lateness_s), 0.99))
     values = (
         rate, report.percentile(50), report.percentile(99), report.percentile(99.9), report.goodput(SLO_S),
@@ -207,15 +215,37 @@ def measure(submit: Submit, requests: list[torch.Tensor], rate: float, seconds: 
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def next_rate(points: list[dict[str, Any]]) -> float | None:
+    """Double the load until a server breaks down (halve it if it never kept up), then look between."""
+    kept = [p["rate"] for p in points if p["p99_s"] <= SLO_S]
+    broken = [p["rate"] for p in points if not p["p99_s"] <= SLO_S]  # NaN where nothing was answered
+    hopeless = any(p["goodput"] < 0.5 * p["rate"] for p in points)
+    if not points:
+        return float(FIRST_RATE)
+    if not kept:
+        lowest = min(broken) / FACTOR
+        return lowest if lowest > 10 else None
+    if not hopeless and max(kept + broken) * FACTOR < 30_000:
+        return max(kept + broken) * FACTOR
+    above = [rate for rate in broken if rate > max(kept)]
+    refined = sum(p["refinement"] for p in points)
+    return math.sqrt(max(kept) * min(above)) if above and refined < REFINEMENTS else None
+
+
 def curve(
-    start: Callable[[], AbstractContextManager[Submit]], setting: Setting, seconds: float, label: str
+    start: Callable[[], AbstractContextManager[Submit]],
+    setting: Setting,
+    seconds: float,
+    label: str,
+    deadline: float,
 ) -> list[dict[str, Any]]:
-    """Offered loads from light to hopeless."""
+    """Offered loads from light to hopeless, while there is time."""
     points: list[dict[str, Any]] = []
     with start() as submit:
-        rate = float(FIRST_RATE)
-        while rate < 30_000:
+        while (rate := next_rate(points)) and time.perf_counter() < deadline:
             point = measure(submit, setting.requests, rate, seconds)
+            between = [p["rate"] for p in points]
+            point["refinement"] = bool(between) and min(between) < rate < max(between)
             points.append(point)
             p50, p99, late = (1e3 * point[key] for key in ("p50_s", "p99_s", "lateness_p99_s"))
             print(
@@ -223,10 +253,7 @@ def curve(
                 f"goodput {point['goodput']:8.0f}/s  generator late {late:6.2f} ms",
                 flush=True,
             )
-            if point["goodput"] < 0.3 * rate:
-                break
-            rate *= FACTOR
-    return points
+    return sorted(points, key=lambda point: point["rate"])
 
 
 def skew(
@@ -263,23 +290,22 @@ def headline(curves: dict[str, list[dict[str, Any]]]) -> list[Headline]:
         for name, points in curves.items()
     ]
     ours = "earliest finish" if GPU else "pyg_quiver"
-    if ours in curves and best_goodput(curves["PyG-style"]):
-        value = best_goodput(curves[ours]) / best_goodput(curves["PyG-style"])
-        rows.append(
-            Headline("goodput of the engine / PyG-style server", value, "x", target=">= 5", note=note)
-        )
+    peers = {"PyG-style": (">= 5", note), "torch-only GPU sampling": ("", "rows selected on the CPU")}
+    for arm in (ours, "GPU only"):
+        for peer, (target, remark) in peers.items():
+            if {arm, peer} <= set(curves) and best_goodput(curves[peer]):
+                value = best_goodput(curves[arm]) / best_goodput(curves[peer])
+                what = f"goodput of the engine ({arm}) / {peer} server"
+                rows.append(Headline(what, value, "x", target=target, note=remark))
     if {"CPU only", "GPU only", "earliest finish"} <= set(curves):
         worst = 0.0
         for point in curves["earliest finish"]:
             singles = [
                 other["p99_s"] for name in ("CPU only", "GPU only") for other in curves[name]
-                if other["rate"] == point["rate"] and other["p99_s"] <= SLO_S
+                if other["rate"] == point["rate"] and other["p99_s"] <= SLO_S and other["valid"]
             ]  # fmt: skip
-            worst = (
-                max([worst, *(point["p99_s"] / best for best in [min(singles)] if singles)])
-                if singles
-                else worst
-            )
+            if singles and point["valid"]:
+                worst = max(worst, point["p99_s"] / min(singles))
         rows.append(
             Headline(
                 "p99 of earliest finish / the better single route, worst rate", worst, "x", target="<= 1.05"
@@ -355,7 +381,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="seconds after which no server is started"
+        "--budget", type=float, default=float("inf"), help="seconds after which no load is started"
     )
     parser.add_argument("--quick", action="store_true", help="a graph 20 times smaller, short runs")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each offered load")
@@ -374,14 +400,19 @@ def main() -> None:
     curves: dict[str, list[dict[str, Any]]] = {}
     more: dict[str, Any] = {"graph": graph, "slo_s": SLO_S, "left_out": []}
     every = servers(setting)
+    # A full collection walks over every object of the imported frameworks and of 60,000 requests: 50 to 70 ms
+    # in which no thread runs. Servers, ours and the peers, start with these out of the collector's sight.
+    gc.collect()
+    gc.freeze()
+    deadline = began + options.budget
     print(f"-- set up: {time.perf_counter() - began:.1f} s", flush=True)
     for name, start in every.items():
-        if time.perf_counter() - began > options.budget:
+        if time.perf_counter() > deadline:
             more["left_out"].append(name)
             continue
-        curves[name] = curve(start, setting, seconds, name)
+        curves[name] = curve(start, setting, seconds, name, deadline)
         path = write(curves, more, options.out)
-    if time.perf_counter() - began <= options.budget:
+    if time.perf_counter() < deadline:
         start = every["earliest finish" if GPU else "pyg_quiver"]
         more["skew"] = skew(setting, start, 0.5 * max(best_goodput(list(curves.values())[-1]), FIRST_RATE))
         path = write(curves, more, options.out)

@@ -1,6 +1,6 @@
 """How close does the gather come to the links it uses? Pinned memory and HBM, by row width.
 
-python benchmarks/tiered_memory_gather.py [--out DIR] [--quick] [--budget SECONDS]
+python benchmarks/tiered_memory_gather.py [--out DIR] [--quick] [--budget SECONDS] [--only STAGE ...]
 
 Needs a CUDA device (does nothing without one). Every arm of a row width takes turns in one run; the limits
 (pinned copy, device copy) are arms too. Stages that the budget leaves no time for are left out, and the
@@ -14,8 +14,9 @@ import mmap
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
 class Measure:
     """Collects rates (bytes per second) of interleaved arms."""
 
-    def __init__(self, repeats: int) -> None:
+    def __init__(self, repeats: int, deadline: float = float("inf")) -> None:
         self.repeats = repeats
+        self.deadline = deadline
         self.best: dict[str, list[int]] = {}
         self.samples: dict[str, list[float]] = {}
         self.rates: dict[str, float] = {}
@@ -93,6 +95,10 @@ class Measure:
             self.rates[key] = nbytes / statistics.median(self.samples[key])
             print(f"{key:60s} {self.rates[key] / 1e9:9.1f} GB/s", flush=True)
 
+    def widths(self, every: tuple[int, ...] = WIDTHS) -> Iterator[int]:
+        """Row widths, until the budget is used up."""
+        return takewhile(lambda _: time.perf_counter() < self.deadline, every)
+
 
 def random_rows(rows: int, count: int) -> torch.Tensor:
     generator = torch.Generator(device="cuda").manual_seed(rows)
@@ -102,8 +108,8 @@ def random_rows(rows: int, count: int) -> torch.Tensor:
 def check(source: torch.Tensor, index: torch.Tensor) -> None:
     """The kernel's rows are the twin's."""
     some = index[:4096]
-    expected = gather_rows(source.cpu() if source.is_cuda else source, some.cpu(), backend="torch")
-    assert torch.equal(gather_rows(source, some).cpu(), expected)
+    expected = torch.index_select(source, 0, some.to(source.device))
+    assert torch.equal(gather_rows(source, some).cpu(), expected.cpu())
 
 
 def in_request_order(table: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
@@ -120,7 +126,7 @@ def pinned(measure: Measure, memory: torch.Tensor, batch: int) -> None:
     naive = one_program_a_row()
     target = torch.empty(batch, dtype=torch.uint8, device="cuda")
     staging = torch.empty(batch, dtype=torch.uint8, pin_memory=True)
-    for width in WIDTHS:
+    for width in measure.widths():
         table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         host_index = index.cpu()
@@ -204,7 +210,7 @@ def hbm(measure: Measure, memory: torch.Tensor, batch: int) -> None:
     """Rows of a table in GPU memory against a device copy and index_select."""
     target = torch.empty(batch // 4, dtype=torch.int32, device="cuda")
     naive = one_program_a_row()
-    for width in WIDTHS:
+    for width in measure.widths():
         table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         out = target[: index.numel() * (width // 4)].view(-1, width // 4)
@@ -225,7 +231,7 @@ def sweep(measure: Measure, memory: torch.Tensor, batch: int, place: str, widths
     from tiered_memory import kernels
     from tiered_memory.gather import _unit_views
 
-    for width in widths:
+    for width in measure.widths(widths):
         table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         out = torch.empty(index.numel(), width // 4, dtype=torch.int32, device="cuda")
@@ -271,7 +277,7 @@ def small(measure: Measure, memory: torch.Tensor) -> None:
 def peer(measure: Measure, table_bytes: int, batch: int) -> None:
     """Rows of another GPU's memory against a peer copy."""
     memory = torch.randint(0, 256, (table_bytes,), dtype=torch.uint8, device="cuda:1")
-    for width in WIDTHS:
+    for width in measure.widths():
         table = as_rows(memory, width)
         index = random_rows(table.shape[0], batch // width)
         out = torch.empty(index.numel(), width // 4, dtype=torch.int32, device="cuda:0")
@@ -350,23 +356,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="small tables, few repeats")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all stages")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run, e.g. peer pinned HBM")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tiered_memory_gather: needs a CUDA device; nothing measured")
         return
     began, scale = time.perf_counter(), 16 if options.quick else 1
-    measure = Measure(3 if options.quick else 5)
+    measure = Measure(3 if options.quick else 5, began + options.budget)
     arena = PinnedArena((4 << 30) // scale, pinned=True, threads=8)
     memory = torch.randint(0, 256, ((8 << 30) // scale,), dtype=torch.uint8, device="cuda")
     arena.buffer.copy_(memory[: arena.nbytes])
     batch, wide = (1 << 26) // scale, (1 << 30) // scale
     stages: dict[str, Callable[[], None]] = {
-        "pages": lambda: pages(measure, arena, batch),
-        "HBM": lambda: hbm(measure, memory, wide),
-        "pinned": lambda: pinned(measure, arena.buffer, batch),
-        "small": lambda: small(measure, memory),
         "peer": lambda: peer(measure, (4 << 30) // scale, wide),
+        "pinned": lambda: pinned(measure, arena.buffer, batch),
         "segments": lambda: segments(measure, arena, batch),
+        "HBM": lambda: hbm(measure, memory, wide),
+        "small": lambda: small(measure, memory),
+        "pages": lambda: pages(measure, arena, batch),
         "sweep of device shapes": lambda: sweep(measure, memory, wide, "HBM", (128, 512, 1024, 4096)),
         "sweep of host shapes": lambda: sweep(measure, arena.buffer, batch, "pinned", (128, 512, 4096)),
     }
@@ -374,7 +381,7 @@ def main() -> None:
         del stages["peer"]
     left_out = []
     for name, stage in stages.items():
-        if time.perf_counter() - began > options.budget:
+        if name not in (options.only or stages) or time.perf_counter() > measure.deadline:
             left_out.append(name)
             continue
         stage()

@@ -222,6 +222,15 @@ def columns(run: Run, setting: Setting) -> None:
     total = sum(at.numel() for at in edge)
     for arm, seconds in run.time("columns", arms, repeats=9).items():
         run.figure(f"{arm}: sampled columns of batches of {BATCH}", total / seconds / 1e6, "M edges/s")
+    out, item = setting.gpu.sample(node[0], key=0), pinned.element_size()
+    touched = {
+        "lists": out.col,
+        "sectors of 32 B": out.edge * item // 32,
+        "pages of 4 KiB": out.edge * item // 4096,
+    }
+    run.found["a_batch_touches"] = {"edges": out.edge.numel()} | {
+        what: at.unique().numel() for what, at in touched.items()
+    }
     run.ratio("UVA sampling / bare reads of the same columns", "columns", "UVA", "bare reads")
     run.ratio("bare reads of columns in pinned memory / GPU sampling", "columns", "bare reads", "GPU")
 

@@ -9,8 +9,8 @@ choices come from a trace that all arms replay on the device, topic-local (reque
 or uniform (no structure at all), so that the tokens generated must be the same in all arms. The look ahead of
 `ours_25_eam_gate` names the coming choices, right as often as a gate's does on tiny_moe. One engine after
 the other in one process; `plain_again` is the control. The most important arms come first, each writes the
-result file, and an arm starts only while the budget has room for it. With `ours_25_eam` one decode step is
-profiled kernel by kernel (timeline.png).
+result file after every kind of routing, and an arm starts only while the budget has room for it. With
+`ours_25_eam` one decode step is profiled kernel by kernel (timeline.png).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +355,16 @@ def draw(rows: list[list], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_arm(
+    arm: str,
+    layers: int,
+    folder: Path,
+    out: Path,
+    *,
+    say: Callable[[str], None],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Start the arm's engine and measure; ``save`` gets the figures before anything that could lose them."""
     from vllm import LLM
 
     offloaded = arm.startswith("ours_")
@@ -393,9 +403,10 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
                 report[f"{kind}_{batch}"] = found
                 hits = f", hit rate {found['hit_rate']:.3f}" if offloaded else ""
                 say(f"{arm} {kind} {batch}: {statistics.median(found['step_ms']):.2f} ms{hits}")
-            if kind == "uniform":
-                report["prefill"] = prefill(llm, strategy, offloaded)
-                say(f"{arm} prefill: {statistics.median(report['prefill']['step_ms']):.1f} ms")
+            save(report)
+        report["prefill"] = prefill(llm, strategy, offloaded)
+        say(f"{arm} prefill: {statistics.median(report['prefill']['step_ms']):.1f} ms")
+        save(report)
         if arm == "ours_25_eam":
             # The same engine with another policy: an engine takes most of a minute to start.
             strategy.load(routing("topic_local", layers))
@@ -405,15 +416,17 @@ def run_arm(arm: str, layers: int, folder: Path, out: Path, say: Callable[[str],
                 median = statistics.median(found["step_ms"])
                 say(f"{arm}, then lru {batch}: {median:.2f} ms, hit rate {found['hit_rate']:.3f}")
             use_policy(llm, "eam")
+            save(report)
         if arm == "ours_25_eam" and DEVICE == "cuda":
             report["timeline"] = timeline(llm, strategy, 8, out)
+        report["complete"] = True
+        save(report)
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
-    return report
 
 
 def use_policy(llm, name: str) -> None:
@@ -520,10 +533,23 @@ def main() -> int:
     say(f"link {result['link']['host_to_device'] / 1e9:.1f} GB/s")
     failed = 0
     longest = 0.0
+
+    def save(arm: str, report: dict[str, Any]) -> None:
+        result["arms"][arm] = report
+        compare(result["arms"], result["link"]["host_to_device"])
+        write_result(
+            NAME,
+            question="What does a decode step cost with offloaded experts, here and in vLLM itself?",
+            headline=headline(result),
+            samples={},
+            folder=arguments.out,
+            **result,
+        )
+
     with tempfile.TemporaryDirectory() as name:
         write_config(Path(name), arguments.layers)
         for arm in arguments.arms.split(","):
-            if "error" not in result["arms"].get(arm, {"error": "not run"}):
+            if result["arms"].get(arm, {}).get("complete"):
                 say(f"{arm}: there already")
                 continue
             start = time.perf_counter()
@@ -531,23 +557,13 @@ def main() -> int:
                 say(f"{arm}: no time left")
                 continue
             try:
-                report = run_arm(arm, arguments.layers, Path(name), arguments.out, say)
+                run_arm(arm, arguments.layers, Path(name), arguments.out, say=say, save=partial(save, arm))
             except Exception:
-                report = {"error": traceback.format_exc()[-3000:]}
-                say(f"{arm} FAILED: {report['error'][-1500:]}")
+                error = traceback.format_exc()[-3000:]
+                save(arm, {**result["arms"].get(arm, {}), "error": error})
+                say(f"{arm} FAILED: {error[-1500:]}")
                 failed = 1
-            report["seconds"] = time.perf_counter() - start
-            longest = max(longest, report["seconds"])
-            result["arms"][arm] = report
-            compare(result["arms"], result["link"]["host_to_device"])
-            write_result(
-                NAME,
-                question="What does a decode step cost with offloaded experts, here and in vLLM itself?",
-                headline=headline(result),
-                samples={},
-                folder=arguments.out,
-                **result,
-            )
+            longest = max(longest, time.perf_counter() - start)
     return failed
 
 

@@ -191,8 +191,8 @@ def servers(setting: Setting) -> dict[str, Callable[[], AbstractContextManager[S
     cost = calibrate(setting.samplers, batch_sizes=(1, 4, 16, 64, 256), repeats=5)
     found["earliest finish"] = lambda: engine(EarliestFinishRouter(cost.cost))
     found["GPU only"] = lambda: engine(routes=("gpu",))
-    found["torch-only GPU sampling"] = lambda: one_at_a_time(setting, on_gpu)
     found["CPU only"] = lambda: engine(routes=("cpu",))
+    found["torch-only GPU sampling"] = lambda: one_at_a_time(setting, on_gpu)
     found["earliest finish, degrading"] = lambda: engine(EarliestFinishRouter(cost.cost), degrading=True)
     found["threshold"] = lambda: engine(ThresholdRouter.from_profile(cost))
     return found

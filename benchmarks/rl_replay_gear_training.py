@@ -5,8 +5,10 @@
 (not installed: PYTHONPATH=plugins:. before it). Needs torch and transformers; runs on the GPU where there is
 one. A synthetic chain of 17 features and 6 actions fills a table; the Hugging Face model trains on windows of
 20 from a TrajectoryLoader and, from the same initial weights, on the same windows cut by a loop over a Python
-list. Times every step: waiting for the batch (until it is on the device) and computing. Where DeepSpeed can
-be imported the same model also trains under ``deepspeed.initialize``. Writes
+list. Times every step: waiting for the batch (until it is on the device) and computing. Reading the loss
+after every step leaves the GPU without queued work, so that all host time of a batch counts as waiting; a
+second measure reads the loss every ten steps and compares with steps on one batch that stays on the device.
+Where DeepSpeed can be imported the same model also trains under ``deepspeed.initialize``. Writes
 rl_replay_gear_training_gpu.json (or _cpu.json) after every stage.
 """
 
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, Headline, write_result
+from benchmarks.common import RESULTS, Headline, interleaved, write_result
 from rl_replay_gear import (
     ColumnSpec,
     ReturnsToGo,
@@ -38,6 +40,7 @@ from rl_replay_gear import (
 from rl_replay_gear.integrations.transformers import decision_transformer_inputs
 
 STATE, ACTION, CONTEXT, MAX_STEPS, SCALE = 17, 6, 20, 1000, 100.0
+BLOCK = 10  # steps between two readings of the loss
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -72,25 +75,30 @@ def model_of(hidden: int, layers: int) -> Any:
 
 
 def loss_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    real = inputs["attention_mask"].bool()
-    return torch.nn.functional.mse_loss(model(**inputs).action_preds[real], inputs["actions"][real])
+    """Mean squared error of the actions that are not padding."""
+    # Indexing with the mask would make the host wait for the GPU to count them.
+    real = inputs["attention_mask"][..., None]
+    squares = (model(**inputs).action_preds - inputs["actions"]).square() * real
+    return squares.sum() / (real.sum() * ACTION)
 
 
 def train(
     step: Callable[[Mapping[str, Tensor]], Tensor], batches: Callable[[], Mapping[str, Tensor]], steps: int
 ) -> dict[str, list[float]]:
-    """Loss, seconds waiting for the batch and seconds in all of each step."""
-    found: dict[str, list[float]] = {"loss": [], "waiting": [], "step": []}
+    """Loss and seconds of each step: until ``batches`` returns, until the batch is on the device, in all."""
+    found: dict[str, list[float]] = {"loss": [], "host": [], "waiting": [], "step": []}
     for _ in range(steps):
         begin = time.perf_counter()
         inputs = batches()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        returned = time.perf_counter()
+        if DEVICE.type == "cuda":  # batches collected ahead, on another stream, are not waited for
+            torch.cuda.current_stream().synchronize()
         waited = time.perf_counter()
         loss = step(inputs)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         found["loss"].append(loss.item())
+        found["host"].append(returned - begin)
         found["waiting"].append(waited - begin)
         found["step"].append(time.perf_counter() - begin)
     return found
@@ -185,6 +193,7 @@ def main() -> int:
     samples: dict[str, list[float]] = {}
     headline: list[Headline] = []
     notes: dict[str, Any] = {}
+    in_next: list[float] = []  # seconds of each next() since they were last recorded
 
     def loader(**more: Any) -> TrajectoryLoader:
         return TrajectoryLoader(
@@ -193,7 +202,14 @@ def main() -> int:
 
     def replayed(**more: Any) -> Callable[[], Mapping[str, Tensor]]:
         batches = loader(device=DEVICE, **more)
-        return lambda: decision_transformer_inputs(next(batches), return_scale=SCALE)
+
+        def batch() -> Mapping[str, Tensor]:
+            begin = time.perf_counter()
+            chosen = next(batches)
+            in_next.append(time.perf_counter() - begin)
+            return decision_transformer_inputs(chosen, return_scale=SCALE)
+
+        return batch
 
     def share(found: Mapping[str, list[float]]) -> list[float]:
         return sorted(w / s for w, s in zip(found["waiting"][3:], found["step"][3:], strict=True))
@@ -203,6 +219,12 @@ def main() -> int:
         samples |= {f"{name}: {key}": values for key, values in found.items()}
         shares = share(found)
         note = f"{1e3 * median(found['waiting'][3:]):.2f} of {1e3 * median(found['step'][3:]):.2f} ms a step"
+        note += f", {1e3 * median(found['host'][3:]):.2f} ms of host time"
+        if in_next:
+            samples[f"{name}: next()"] = in_next[:]
+            note += f" with {1e3 * median(in_next[3:]):.2f} ms of next()"
+            in_next.clear()
+        note += "; loss read after every step"
         low, high = (float(np.quantile(shares, q)) for q in (0.05, 0.95))
         headline.append(Headline(f"{name}: share of a step waiting for data", median(shares), "", low, high,
                                  target, note))  # fmt: skip
@@ -215,6 +237,34 @@ def main() -> int:
                 options.steps,
             )  # fmt: skip
             record(f"replay, prefetch {prefetch}", found, "<= 0.03" if prefetch == 2 else "")
+
+    def stage_queued() -> None:
+        step = plain_step(model_of(options.hidden, options.layers))
+        sources = {f"prefetch {n}": replayed(prefetch=n) for n in (2, 0)}
+        resident = sources["prefetch 2"]()
+        sources["no loading"] = lambda: resident
+
+        def block(batches: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Any]:
+            def run() -> float:
+                return [step(batches()) for _ in range(BLOCK)][-1].item()
+
+            return run
+
+        arms = {name: block(batches) for name, batches in sources.items()}
+        seconds = interleaved(arms, repeats=max(3, options.steps // BLOCK), warm_up=1)
+        for name in ("prefetch 2", "prefetch 0"):
+            pairs = zip(seconds[name], seconds["no loading"], strict=True)
+            shares = sorted(1 - alone / loaded for loaded, alone in pairs)
+            low, high = (float(np.quantile(shares, q)) for q in (0.05, 0.95))
+            times = [1e3 * median(seconds[arm]) / BLOCK for arm in (name, "no loading")]
+            headline.append(
+                Headline(f"replay, {name}: share of a step that loading adds", median(shares), "", low, high,
+                         "<= 0.03" if name == "prefetch 2" else "",
+                         f"{times[0]:.2f} against {times[1]:.2f} ms a step; loss read every {BLOCK} steps")
+            )  # fmt: skip
+            print(headline[-1], flush=True)
+        in_next.clear()
+        samples.update({f"blocks of {BLOCK} steps: {name}": values for name, values in seconds.items()})
 
     def stage_naive() -> None:
         few = min(options.steps, 40)
@@ -242,6 +292,9 @@ def main() -> int:
             notes["deepspeed"] = f"failed: {type(error).__name__}: {error}"[:600]
             print(notes["deepspeed"], flush=True)
             return
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         record("DeepSpeed, prefetch 2", found, "<= 0.03")
         other = samples["replay, prefetch 2: loss"][:few]
         difference = max(abs(a - b) / abs(b) for a, b in zip(other, found["loss"], strict=True))
@@ -251,7 +304,7 @@ def main() -> int:
         )  # fmt: skip
         print(headline[-1], flush=True)
 
-    for stage in (stage_plain, stage_naive, stage_deepspeed):
+    for stage in (stage_plain, stage_queued, stage_naive, stage_deepspeed):
         if time.monotonic() > end:
             notes["cut"] = f"{stage.__name__} and what follows: out of budget"
             break

@@ -30,6 +30,7 @@ class LayerHandle:
         top_k: experts of each token.
         tensors: gives the layer's expert tensors, ``[experts, ...]`` each.
         replace: puts other tensors in their place, by name.
+        release: makes the layer the framework's own again, where the device keeps all its experts.
         expert_map: under expert parallelism, for each expert of the model its index here, or -1.
         predictor: names the layer's experts ahead of its turn, where the options ask for it.
         following: the next layer, if it is of the same pool.
@@ -42,6 +43,7 @@ class LayerHandle:
     top_k: int
     tensors: Callable[[], Mapping[str, Tensor]]
     replace: Callable[[Mapping[str, Tensor]], None]
+    release: Callable[[], None]
     expert_map: tuple[int, ...] | None = None
     predictor: GatePredictor | None = None
     following: LayerHandle | None = None
@@ -92,6 +94,7 @@ def keep_all(layout: SlabLayout, layers: Sequence[LayerHandle], device: torch.de
     """Give every expert of the layers a place on the device; the layers are vLLM's own again."""
     for layer in layers:
         layer.replace({name: tensor.to(device) for name, tensor in layer.tensors().items()})
+        layer.release()
     pool = PlainPool(layout, len(layers), layers[0].num_experts)
     total = pool.num_layers * pool.num_experts
     logger.info(

@@ -221,7 +221,7 @@ class _OffloadMixin(CopyServing):
 
     The layer's expert Parameters keep their identity and get the slots as data. Each forward pass has the
     experts that the router chose made resident, by the device or by the host, and runs vLLM's own kernel on
-    rows. Where all experts have a slot, the layer works as vLLM wrote it.
+    rows. Where all experts have a slot, the layer becomes vLLM's class as well, once they are loaded.
     """
 
     _plain_class: type
@@ -258,6 +258,7 @@ class _OffloadMixin(CopyServing):
                 self.top_k,
                 self._expert_tensors,
                 self._replace_tensors,
+                self._become_plain,
                 self._ranks_map(),
             )
         )
@@ -296,10 +297,6 @@ class _OffloadMixin(CopyServing):
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         """As RoutedExperts.forward_modular; vLLM runs the shared experts itself (no all-to-all here)."""
-        if self._handle.pool < 0:
-            return super().forward_modular(  # type: ignore[misc]
-                x, topk_weights, topk_ids, shared_experts, shared_experts_input
-            )
         if self.offload.direct:
             return self._serve_direct(x, topk_weights, topk_ids)
         return torch.ops.vllm.moe_offload_apply(x, topk_weights, topk_ids, self._op_name)
@@ -397,6 +394,10 @@ class _OffloadMixin(CopyServing):
         parameters = dict(self.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].data = tensor
+
+    def _become_plain(self) -> None:
+        """Leave the forward pass to vLLM's class, before it is compiled: no code of this one is in it."""
+        self.__class__ = self._plain_class
 
     def _refuse_kernel(self, tensors: Mapping[str, Tensor]) -> None:
         if self.offload.device.type != "cuda":

@@ -43,7 +43,7 @@ def test_mo01_without_the_key_no_class_of_ours_is_instantiated(family):
 
 
 def test_mo03_bitwise_equal_for_every_number_of_slots(family):
-    folder, layers, slots, plain, _ = family
+    folder, layers, slots, plain, modules = family
     for count in slots:
         options = {"cache_fraction": count / (8 * layers), "policy": "lru", "debug_checks": True}
         vllm_moe_offload.moved_bytes()
@@ -51,6 +51,8 @@ def test_mo03_bitwise_equal_for_every_number_of_slots(family):
             assert generate(llm) == plain, f"{count} slots"
             (report,) = vllm_moe_offload.stats(llm)
             if count == 8 * layers:
+                # All resident: not one module of ours, so a step is vLLM's own.
+                assert {type(module).__name__ for module in _modules(llm)} == modules
                 with pytest.raises(RuntimeError, match="all experts have a slot, so there is no cache"):
                     vllm_moe_offload.get_cache(llm)
             else:

@@ -19,11 +19,17 @@ from vllm_moe_offload.vllm_layer import _OffloadMixin
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
-class Layer(_OffloadMixin):
+class Plain:
+    """Stands for RoutedExperts."""
+
+
+class Layer(_OffloadMixin, Plain):
     """An expert layer of one matrix an expert, whose kernel reads weights by row, as Triton's does.
 
     With ``expert_map`` it has the experts whose entry is not -1, and leaves out the others, as Triton's does.
     """
+
+    _plain_class = Plain
 
     def __init__(self, offload, seed, expert_map=None):
         generator = torch.Generator().manual_seed(seed)
@@ -32,7 +38,15 @@ class Layer(_OffloadMixin):
         self.tensors = {"w": self.plain[own].clone()}
         self.offload, self.global_num_experts = offload, EXPERTS
         self._handle = offload.announce(
-            LayerHandle(f"layer {seed}", len(own), TOP_K, lambda: self.tensors, self.replace, expert_map)
+            LayerHandle(
+                f"layer {seed}",
+                len(own),
+                TOP_K,
+                lambda: self.tensors,
+                self.replace,
+                self._become_plain,
+                expert_map,
+            )
         )
 
     def replace(self, tensors):
@@ -136,11 +150,12 @@ def test_mo20_mo05_layers_compute_exactly_and_every_request_is_traced(prefetch):
     assert cache.share.shape == (LAYERS, EXPERTS)
 
 
-def test_all_experts_resident_leaves_the_layers_alone():
+def test_mo03_all_experts_resident_leaves_the_layers_to_the_framework():
     offload, layers = build(cache_fraction=1.0)
     assert offload.caches == []
     assert all(layer._handle.pool == -1 for layer in layers)
     assert all(torch.equal(layer.tensors["w"], layer.plain) for layer in layers)
+    assert {type(layer) for layer in layers} == {Plain}
     stats = offload.stats()
     assert stats["num_slots"] == LAYERS * EXPERTS
     assert stats["accesses"] == stats["copies"] == 0
@@ -151,7 +166,9 @@ def test_mo02_layers_of_several_shapes_get_a_pool_each_and_share_the_budget():
     offload = ModelOffload(config, torch.device("cpu"), direct=True, max_tokens=8, model_id="m")
     for index, size in enumerate((4, 8)):
         held = {"w": torch.randn(EXPERTS, size, 4)}
-        offload.announce(LayerHandle(f"layer {index}", EXPERTS, TOP_K, lambda held=held: held, held.update))
+        offload.announce(
+            LayerHandle(f"layer {index}", EXPERTS, TOP_K, lambda held=held: held, held.update, pytest.fail)
+        )
     offload.take_over()
     assert [cache.num_slots for cache in offload.caches] == [4, 4]
     assert offload.stats()["num_slots"] == 8

@@ -22,14 +22,20 @@ class Segments:
 
     def mask(self) -> Tensor:
         """bool [B, L], True where a position holds a step."""
-        relative = torch.arange(self.length, device=self.bounds.device) - self.bounds[2, :, None]
-        return (relative >= 0) & (relative < self.bounds[1, :, None])
+        return self._inside(self._positions())
 
     def timesteps(self) -> Tensor:
         """int64 [B, L], the step's number in its trajectory, 0 where padded."""
-        relative = torch.arange(self.length, device=self.bounds.device) - self.bounds[2, :, None]
-        inside = (relative >= 0) & (relative < self.bounds[1, :, None])
-        return (relative + self.bounds[3, :, None]) * inside
+        positions = self._positions()
+        return (positions + (self.bounds[3] - self.bounds[2])[:, None]) * self._inside(positions)
+
+    def _positions(self) -> Tensor:
+        return torch.arange(self.length, device=self.bounds.device)
+
+    def _inside(self, positions: Tensor) -> Tensor:
+        # Compared before they are shifted: nothing of eight bytes a position is written.
+        begin = self.bounds[2, :, None]
+        return (positions >= begin) & (positions < begin + self.bounds[1, :, None])
 
 
 @dataclass(frozen=True)

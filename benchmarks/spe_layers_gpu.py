@@ -434,6 +434,68 @@ def speed(mode: str, deadline: float, rounds: int, points: int) -> dict[str, Any
     return {"tables": tables, "memory": memory, "output_bytes": written, "samples_ms": samples}
 
 
+def small_batches(rounds: int) -> dict[str, Any]:
+    """Forward, and forward + backward, of small batches: called from Python, and replayed as a CUDA graph."""
+    torch.compiler.reset()
+    torch.set_float32_matmul_precision("highest")
+    layer = SPE(DIMS, UNITS, BANDS, init="uniform", device=DEVICE)
+    weight, bias = layer.weight, layer.bias
+    assert bias is not None
+
+    def twin(p: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.sin(F.linear(positional_encoding(p, BANDS), w, b))
+
+    methods: dict[str, Callable[..., torch.Tensor]] = {
+        "reference loop": reference_layer,
+        "vectorised": twin,
+        "compile(vectorised)": torch.compile(twin, dynamic=True),
+        "fused": lambda p, w, b: spe(p, w, b, BANDS, backend="triton"),
+    }
+    found: dict[str, Any] = {}
+    for points in (4096, SMALL):
+        x = torch.rand(points, DIMS, device=DEVICE) * 2 - 1
+        grad = torch.randn(points, UNITS, device=DEVICE)
+
+        def forward(method: Callable[..., torch.Tensor], x: torch.Tensor = x) -> Any:
+            with torch.no_grad():
+                return method(x, weight, bias)
+
+        def both(method: Callable[..., torch.Tensor], x: torch.Tensor = x, g: torch.Tensor = grad) -> Any:
+            return torch.autograd.grad(method(x, weight, bias), [weight, bias], g)
+
+        for kind, call in {"forward": forward, "forward+backward": both}.items():
+            arms = {name: partial(call, method) for name, method in methods.items()}
+            replayed = {}
+            for name, arm in arms.items():
+                try:
+                    replayed[name] = as_graph(arm)
+                except Exception as error:
+                    print("no graph of", name, str(error)[-200:], flush=True)
+            for how, ready in {"called": arms, "as a CUDA graph": replayed}.items():
+                samples: dict[str, list[float]] = {name: [] for name in ready}
+                for _ in range(rounds):
+                    for name, arm in ready.items():
+                        samples[name].append(time_ms(arm, 4 * CALLS))
+                table = summarise(samples)
+                found[f"{points:,} points, {kind}, {how}"] = {"table": table, "samples_ms": samples}
+                print(points, kind, how, {n: row["median_ms"] for n, row in table.items()}, flush=True)
+    return found
+
+
+def as_graph(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as one launch."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def stack(rounds: int) -> dict[str, Any]:
     """SPE, Linear 256 x 256 and ReLU in bfloat16 without gradients: one pass against two layers."""
     torch.compiler.reset()
@@ -578,6 +640,28 @@ def ratio_row(what: str, table: dict[str, dict[str, float]], peer: str, target: 
     )
 
 
+def write_small(found: dict[str, Any], folder: Path) -> None:
+    """The times of small batches as a result of their own."""
+    peers = ("reference loop", "vectorised", "compile(vectorised)")
+    write_result(
+        "spe_layers_gpu_small",
+        question="Where the host's time counts: how fast are the fused kernels on small batches?",
+        headline=[
+            ratio_row(what, case["table"], peer, "")
+            for what, case in found.items()
+            for peer in peers
+            if peer in case["table"]
+        ],
+        samples={
+            f"{what}: {name} (ms)": values
+            for what, case in found.items()
+            for name, values in case["samples_ms"].items()
+        },
+        folder=folder,
+        workload={"coordinates": DIMS, "units": UNITS, "bands": BANDS, "calls_a_sample": 4 * CALLS},
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -585,7 +669,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for spe_layers_gpu.json")
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no more is compiled")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--small", action="store_true", help="only small batches -> spe_layers_gpu_small.json"
+    )
     arguments = parser.parse_args()
+    if arguments.small:
+        write_small(small_batches(arguments.rounds), arguments.out)
+        return 0
     start = time.time()
     report: dict[str, Any] = {
         "workload": {"points": POINTS, "coordinates": DIMS, "units": UNITS, "bands": BANDS},

@@ -6,7 +6,8 @@
 Half of the pixels (checkerboard) of 48 x 48 grey pictures of scikit-image train, the other half test. The
 network has a first layer of 64 units, then two ReLU layers of 64; Adam, the same learning rates for EVERY
 method. A method's figure is that of its best learning rate by mean TEST PSNR: an oracle choice that favours
-peers with more variants. Seeds and learning rates train at once as one batch. ``--save-data FILE`` and
+peers with more variants. Seeds, learning rates and, for what does not depend on it, pictures train at once
+as one batch. ``--save-data FILE`` and
 ``--data FILE`` carry the pictures to a machine without scikit-image.
 """
 
@@ -46,52 +47,64 @@ WIDTH, SIZE = 64, 48
 Build = Callable[[], nn.Module]
 
 
-def methods(x: Tensor, y: Tensor, *, quick: bool) -> tuple[dict[str, Build], dict[str, Any]]:
-    """First layers by name, and what the automatic choice chose and cost."""
-    named: dict[str, Build] = {}
+def layer_of(name: str, bands: int | Bands = 8, **options: Any) -> Build:
+    if name == "spe":
+        options["backend"] = "eager"  # the fused kernels have no rule for vmap
+    return partial(build_first_layer, name, 2, WIDTH, bands, **options)
 
-    def add(label: str, name: str, bands: int | Bands = 8, **options: Any) -> None:
-        if name == "spe":
-            options["backend"] = "eager"  # the fused kernels have no rule for vmap
-        named[label] = partial(build_first_layer, name, 2, WIDTH, bands, **options)
 
-    for bands in (3, 4, 5, 8) if quick else range(3, 11):
-        add(f"PE L={bands}", "relu", bands)
+def peers_of_goals(*, quick: bool) -> dict[str, Build]:
+    """First layers that the goals speak of, whatever the picture."""
+    named = {f"PE L={n}": layer_of("relu", n) for n in ((3, 4, 5, 8) if quick else range(3, 11))}
     for bands in (4, 5) if quick else (3, 4, 5, 8):
-        add(f"identity L={bands}", "identity", bands)
-        add(f"SPE L={bands}", "spe", bands)
+        named[f"identity L={bands}"] = layer_of("identity", bands)
+        named[f"SPE L={bands}"] = layer_of("spe", bands)
     for sigma in (0.5, 1.0, 3.0) if quick else (0.25, 0.5, 1.0, 2.0, 3.0, 5.0):
-        add(f"RFF sigma={sigma:g}", "rff", sigma=sigma)
-    for omega in (10.0,) if quick else (5.0, 10.0, 20.0, 30.0):
-        add(f"SIREN omega={omega:g}", "siren", omega_0=omega)
-    if not quick:
-        add("PE He L=4", "relu_he", 4)
-        add("tiled L=4", "tiled", 4)
-        for gamma in (0.1, 0.3):
-            add(f"LFF gamma={gamma:g}", "lff", gamma=gamma)
-        for scale in (1.0, 5.0):
-            add(f"FINER k={scale:g}", "finer", omega_0=5.0, bias_scale=scale)
-        add("WIRE", "wire")
-        for finest in (16, 32):
-            add(f"hash finest={finest}", "hash", levels=5, log2_size=8, finest=finest)
-        for sigma in (0.1, 0.3):
-            add(f"Gaussian sigma={sigma:g}", "gauss", sigma=sigma)
+        named[f"RFF sigma={sigma:g}"] = layer_of("rff", sigma=sigma)
     for decay in (0.0, 1.0):
         bands8 = Bands.octaves(8, scale=torch.pi, decay=decay)
-        add(f"SPE calibrated L=8 decay={decay:g}", "spe", bands8, init="calibrated")
+        named[f"SPE calibrated L=8 decay={decay:g}"] = layer_of("spe", bands8, init="calibrated")
+    return named
+
+
+def other_peers(*, quick: bool) -> dict[str, Build]:
+    """The rest of the grid."""
+    named = {
+        f"SIREN omega={w:g}": layer_of("siren", omega_0=w)
+        for w in ((10.0,) if quick else (5.0, 10.0, 20.0, 30.0))
+    }
+    if quick:
+        return named
+    named |= {
+        "PE He L=4": layer_of("relu_he", 4),
+        "tiled L=4": layer_of("tiled", 4),
+        "WIRE": layer_of("wire"),
+    }
+    named |= {f"LFF gamma={gamma:g}": layer_of("lff", gamma=gamma) for gamma in (0.1, 0.3)}
+    named |= {f"FINER k={k:g}": layer_of("finer", omega_0=5.0, bias_scale=k) for k in (1.0, 5.0)}
+    named |= {f"hash finest={n}": layer_of("hash", levels=5, log2_size=8, finest=n) for n in (16, 32)}
+    return named | {f"Gaussian sigma={sigma:g}": layer_of("gauss", sigma=sigma) for sigma in (0.1, 0.3)}
+
+
+def automatic(x: Tensor, y: Tensor) -> tuple[dict[str, Build], dict[str, Any]]:
+    """Layers of automatic bands for one picture, and what the automatic choice chose and cost."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spacing = select_bands(x)
     start = time.perf_counter()
     chosen = select_bands(x, y)
     seconds = time.perf_counter() - start
-    add("SPE auto (spacing)", "spe", spacing, init="calibrated")
-    add("SPE auto (targets)", "spe", chosen, init="calibrated")
-    # Which part of the automatic choice is the bands, which the sine, which the scale of the phases.
-    add("PE, auto bands", "relu", chosen)
-    add("identity, auto bands", "identity", chosen)
+    named = {
+        "SPE auto (spacing)": layer_of("spe", spacing, init="calibrated"),
+        "SPE auto (targets)": layer_of("spe", chosen, init="calibrated"),
+        # Which part of the automatic choice is the bands, which the sine, which the scale of the phases.
+        "PE, auto bands": layer_of("relu", chosen),
+        "identity, auto bands": layer_of("identity", chosen),
+    }
     for std in (1.4, 2.0):
-        add(f"SPE auto (targets), phase std {std:g}", "spe", chosen, init="calibrated", phase_std=std)
+        named[f"SPE auto (targets), phase std {std:g}"] = layer_of(
+            "spe", chosen, init="calibrated", phase_std=std
+        )
     choice = {
         "bands": chosen.num_bands,
         "amplitudes": chosen.amplitudes,
@@ -114,9 +127,16 @@ def phase_error(x: Tensor, y: Tensor, bands: Bands, phase_std: float) -> float:
 def train(
     build: Build, data: list[Tensor], *, rates: tuple[float, ...], seeds: int, steps: int
 ) -> dict[str, Any]:
-    """Test PSNR [learning rate][seed] of one method; all of them step together."""
+    """Test PSNR [learning rate][seed] of one method; a list of them where the values are those of several
+    pictures, [picture, point]. All of them step together.
+    """
     x, y, x_test, y_test = data
-    models = [network(build, seed).to(x.device) for _ in rates for seed in range(seeds)]
+    pictures = len(y) if y.dim() == 2 else 1
+    if y.dim() == 2:
+        y, y_test = (values.repeat_interleave(len(rates) * seeds, 0) for values in (y, y_test))
+    models = [
+        network(build, seed).to(x.device) for _ in range(pictures) for _ in rates for seed in range(seeds)
+    ]
     parameters, buffers = stack_module_state(models)
     template = copy.deepcopy(models[0])
 
@@ -126,8 +146,8 @@ def train(
     predict = vmap(one, (0, 0, None))
     # Adam's step is linear in the rate, so each model's is scaled to its own.
     values = list(parameters.values())
-    scales = [torch.tensor(rates, device=x.device).repeat_interleave(seeds).reshape(-1, *[1] * (p.dim() - 1))
-              for p in values]  # fmt: skip
+    each = torch.tensor(rates, device=x.device).repeat_interleave(seeds).repeat(pictures)
+    scales = [each.reshape(-1, *[1] * (p.dim() - 1)) for p in values]
     first, second = ([torch.zeros_like(p) for p in values] for _ in range(2))
     count = torch.zeros((), device=x.device)
 
@@ -148,8 +168,11 @@ def train(
     with torch.no_grad():
         # Pictures span 2, so the peak's square is 4.
         error = (predict(parameters, buffers, x_test) - y_test).square().mean(1) / 4
-    psnr = (-10 * error.log10()).reshape(len(rates), seeds)
-    return {"psnr": psnr.tolist(), "parameters": sum(p.numel() for p in models[0].parameters())}
+    psnr = (-10 * error.log10()).reshape(pictures, len(rates), seeds).tolist()
+    return {
+        "psnr": psnr if data[1].dim() == 2 else psnr[0],
+        "parameters": sum(p.numel() for p in models[0].parameters()),
+    }
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
@@ -305,6 +328,61 @@ def draw(result: Path, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def compare(data: dict[str, tuple[Tensor, Tensor, Tensor]], out: Path, device: str, *, quick: bool) -> None:
+    """Every method on every picture.
+
+    The result is written once all that the goals need is there, and after each further method.
+    """
+    rates, seeds, steps = ((3e-3,), 3, 300) if quick else ((1e-3, 3e-3, 1e-2), 5, 600)
+    encode_once()
+    halves, start = {}, time.perf_counter()
+    x, _, mask = next(iter(data.values()))
+    points = [x[mask].to(device), x[~mask].to(device)]
+    for image, (others, y, other_mask) in data.items():
+        if not (torch.equal(others, x) and torch.equal(other_mask, mask)):
+            raise ValueError(f"picture {image} has other coordinates than the first; all train as one batch")
+        halves[image] = y[mask].to(device), y[~mask].to(device)
+    found: dict[str, dict[str, Any]] = {image: {} for image in data}
+    choices: dict[str, Any] = {}
+
+    def save() -> None:
+        write_result(
+            "spe_layers_image_quick" if quick else "spe_layers_image",
+            question="Does SPE with automatic bands match the best of every peer's grid on images?",
+            headline=headline(found, seeds),
+            samples={
+                f"{picture} {name} (dB)": list(chain(*result["psnr"]))
+                for picture, results in found.items()
+                for name, result in results.items()
+            },
+            folder=out,
+            learning_rates=list(rates),
+            seeds=seeds,
+            steps=steps,
+            parameters={name: result["parameters"] for name, result in found[next(iter(data))].items()},
+            chosen_bands=choices,
+        )
+
+    for image, (y, y_test) in halves.items():
+        named, choices[image] = automatic(points[0], y)
+        values = [points[0], y, points[1], y_test]
+        for name, build in named.items():
+            found[image][name] = train(build, values, rates=rates, seeds=seeds, steps=steps)
+        print(f"{image}: {time.perf_counter() - start:.0f} s, chose {choices[image]}", flush=True)
+    together = [points[0], torch.stack([y for y, _ in halves.values()]),
+                points[1], torch.stack([y for _, y in halves.values()])]  # fmt: skip
+    needed = peers_of_goals(quick=quick)
+    for name, build in (needed | other_peers(quick=quick)).items():
+        result = train(build, together, rates=rates, seeds=seeds, steps=steps)
+        for image, psnr in zip(found, result["psnr"], strict=True):
+            found[image][name] = {"psnr": psnr, "parameters": result["parameters"]}
+        print(f"{time.perf_counter() - start:.0f} s {name}", flush=True)
+        if needed.keys() <= found[image].keys():
+            save()
+    for row in headline(found, seeds):
+        print(f"{row.what:70s} {row.value:8.3f} {row.unit} {row.target}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -330,37 +408,7 @@ def main() -> None:
     if arguments.phase_std:
         phase_scales(data, arguments.out, arguments.device)
         return
-    quick = arguments.quick
-    rates, seeds, steps = ((3e-3,), 3, 300) if quick else ((1e-3, 3e-3, 1e-2), 5, 600)
-    encode_once()
-    found: dict[str, dict[str, Any]] = {}
-    choices: dict[str, Any] = {}
-    for image, (x, y, mask) in data.items():
-        halves = [t.to(arguments.device) for t in (x[mask], y[mask], x[~mask], y[~mask])]
-        named, choices[image] = methods(*halves[:2], quick=quick)
-        start = time.perf_counter()
-        found[image] = {
-            name: train(build, halves, rates=rates, seeds=seeds, steps=steps) for name, build in named.items()
-        }
-        print(f"{image}: {time.perf_counter() - start:.0f} s, chose {choices[image]}", flush=True)
-        write_result(
-            "spe_layers_image_quick" if quick else "spe_layers_image",
-            question="Does SPE with automatic bands match the best of every peer's grid on images?",
-            headline=headline(found, seeds),
-            samples={
-                f"{picture} {name} (dB)": list(chain(*result["psnr"]))
-                for picture, results in found.items()
-                for name, result in results.items()
-            },
-            folder=arguments.out,
-            learning_rates=list(rates),
-            seeds=seeds,
-            steps=steps,
-            parameters={name: result["parameters"] for name, result in found[image].items()},
-            chosen_bands=choices,
-        )
-    for row in headline(found, seeds):
-        print(f"{row.what:70s} {row.value:8.3f} {row.unit} {row.target}")
+    compare(data, arguments.out, arguments.device, quick=arguments.quick)
 
 
 if __name__ == "__main__":

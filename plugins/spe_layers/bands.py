@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -190,4 +191,9 @@ def as_bands(bands: int | Bands) -> Bands:
         return bands
     if not isinstance(bands, int) or isinstance(bands, bool):
         raise TypeError(f"bands must be a Bands or a number of octaves, got {bands!r}")
-    return Bands.octaves(bands)
+    return Bands.octaves(bands) if torch.compiler.is_compiling() else _octaves(bands)
+
+
+@lru_cache(maxsize=64)
+def _octaves(num_bands: int) -> Bands:
+    return Bands.octaves(num_bands)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,42 @@ def coordinate_dtype(x: Tensor, bands: Bands) -> torch.dtype:
     return torch.float32
 
 
+def kept_constant(make: Callable[..., Tensor], *arguments: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``make(*arguments)`` on the device of ``like``, made once.
+
+    A copy from the host in every call would stall the device, and no CUDA graph could capture it. Compilers
+    and subclasses of Tensor get a new one.
+    """
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
+        return make(*arguments).to(dtype).to(like.device)
+    return _kept(make, arguments, like.device, dtype)
+
+
+@lru_cache(maxsize=256)
+def _kept(
+    make: Callable[..., Tensor], arguments: tuple[Any, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    # Whatever mode the first call is in, later ones may want gradients, or leave torch.func.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        return make(*arguments).to(dtype).to(device)
+
+
+def _multipliers(bands: Bands) -> Tensor:
+    return torch.tensor(bands.multipliers, dtype=torch.float64)
+
+
+def _rates(bands: Bands) -> Tensor:
+    return torch.tensor([bands.scale * m for m in bands.multipliers], dtype=torch.float64)
+
+
+def _square_rates(bands: Bands) -> Tensor:
+    return torch.tensor([(bands.scale * m) ** 2 for m in bands.multipliers], dtype=torch.float64)
+
+
+def _amplitudes(bands: Bands) -> Tensor:
+    return torch.tensor(bands.amplitudes, dtype=torch.float64)
+
+
 def phases(x: Tensor, bands: int | Bands) -> Tensor:
     """Phase of every band and coordinate, exact to about one float32 rounding.
 
@@ -60,9 +99,9 @@ def phases(x: Tensor, bands: int | Bands) -> Tensor:
     product = dtype if bands.dyadic else torch.float64
     period = turn_period(bands)
     if not period:
-        rates = torch.tensor([bands.scale * m for m in bands.multipliers], dtype=dtype, device=x.device)
+        rates = kept_constant(_rates, bands, like=x, dtype=dtype)
         return x.to(dtype).unsqueeze(-1) * rates
-    multipliers = torch.tensor(bands.multipliers, dtype=product, device=x.device)
+    multipliers = kept_constant(_multipliers, bands, like=x, dtype=product)
     turns = x.to(product).unsqueeze(-1) * multipliers
     turns = turns - period * torch.round(turns / period)
     return turns.to(dtype) * bands.scale
@@ -101,7 +140,7 @@ def positional_encoding(
     if covariance is not None:
         features = features * _damping(x, bands, covariance, phase.dtype).unsqueeze(-2)
     if bands.amplitudes is not None:
-        amplitudes = torch.tensor(bands.amplitudes, dtype=features.dtype, device=x.device)
+        amplitudes = kept_constant(_amplitudes, bands, like=x, dtype=features.dtype)
         features = features * amplitudes[:, None, None]
     features = features.flatten(-3)
     if bands.include_input:
@@ -109,7 +148,8 @@ def positional_encoding(
     if mask is not None:
         features = features * feature_mask(mask, bands, dims).to(features)
     if bands.layout != "nerf":
-        features = features[..., bands.feature_order(dims).to(x.device)]
+        order = kept_constant(Bands.feature_order, bands, dims, like=x, dtype=torch.int64)
+        features = features[..., order]
     return features
 
 
@@ -134,7 +174,7 @@ def _damping(x: Tensor, bands: Bands, covariance: Tensor, dtype: torch.dtype) ->
             f"covariance must have the shape of x {tuple(x.shape)} (its diagonal) or "
             f"{(*x.shape, x.shape[-1])}, got {tuple(covariance.shape)}"
         )
-    rates = torch.tensor([(bands.scale * m) ** 2 for m in bands.multipliers], dtype=dtype, device=x.device)
+    rates = kept_constant(_square_rates, bands, like=x, dtype=dtype)
     return torch.exp(-0.5 * rates[:, None] * variance.to(dtype).unsqueeze(-2))
 
 

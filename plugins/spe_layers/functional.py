@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spe_layers.bands import Bands, as_bands
 from spe_layers.eager import spe_eager
-from spe_layers.encoding import coordinate_dtype, feature_mask
+from spe_layers.encoding import coordinate_dtype, feature_mask, kept_constant
 
 Backend = Literal["auto", "eager", "triton"]
 _HAS_TRITON = find_spec("triton") is not None  # asked here, since torch.compile cannot trace the question
@@ -115,10 +115,16 @@ def use_kernels(x: Tensor, weight: Tensor, bands: Bands, backend: Backend) -> bo
 def nerf_order_weight(weight: Tensor, bands: Bands, in_features: int, mask: Tensor | None) -> Tensor:
     """The weight for plain features in ``nerf`` order: layout, amplitudes and mask are in its columns."""
     if bands.layout != "nerf":
-        inverse = torch.argsort(bands.feature_order(in_features))
-        weight = weight[:, inverse.to(weight.device)]
+        inverse = kept_constant(_inverse_order, bands, in_features, like=weight, dtype=torch.int64)
+        weight = weight[:, inverse]
     if bands.amplitudes is not None:
-        weight = weight * bands.feature_scales(in_features).to(weight)
+        weight = weight * kept_constant(
+            Bands.feature_scales, bands, in_features, like=weight, dtype=weight.dtype
+        )
     if mask is not None:
         weight = weight * feature_mask(mask, bands, in_features).to(weight)
     return weight
+
+
+def _inverse_order(bands: Bands, in_features: int) -> Tensor:
+    return torch.argsort(bands.feature_order(in_features))

@@ -39,6 +39,7 @@ from spe_layers.triton_kernels import (
 MAX_FEATURES = 127
 MAX_COORDINATES = 16
 PACK_UNITS = 32
+LARGEST_UNITS = 256  # of any tile
 STACK_UNITS = 64
 
 
@@ -176,8 +177,7 @@ class _Launch:
         }
         self.period = turn_period(bands)
         # Every tile of units is full, so that kernels load weights without a mask.
-        largest = max(t.units for t in (*TILES.values(), SMALL_TILES))
-        rows = _ceil_div(units, largest) * largest
+        rows = _ceil_div(units, LARGEST_UNITS) * LARGEST_UNITS
         self.packed = torch.empty((2, rows, 2 * self.half), dtype=torch.float16, device=x.device)
         self.unscale = torch.empty(1, dtype=torch.float32, device=x.device)
         self.padded = rows * 2 * self.half
@@ -322,15 +322,15 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 class _Fused(torch.autograd.Function):
     """The operator for calls outside of compilers, where each would pay for its dispatch."""
 
+    # With a ``setup_context`` of its own, ``apply`` would bind a signature in every call: half of the time of
+    # the host.
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, bands: Bands, out_dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bands: Bands, out_dtype: torch.dtype
     ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = bands, out_dtype
         return launch_forward(x, weight, bias, bands, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -341,6 +341,20 @@ class _Fused(torch.autograd.Function):
             return launch_backward(grad, x, weight, bias, bands, needs)
 
         return (*_gradients(ctx, grad, bands, out_dtype, launch), None, None)
+
+
+class _Transformed(_Fused):
+    """The same inside of torch.func, which asks for a ``setup_context``."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, weight: Tensor, bias: Tensor | None, bands: Bands, out_dtype: torch.dtype
+    ) -> Tensor:
+        return launch_forward(x, weight, bias, bands, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
 
 
 def _gradients(
@@ -377,4 +391,6 @@ def fused_forward(
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         plain = list(bands.multipliers), bands.scale, bands.include_input
         return _forward_op(x, weight, bias, *plain, out_dtype)
-    return _Fused.apply(x, weight, bias, bands, out_dtype)
+    # There is no public question for it.
+    function = _Transformed if torch._C._are_functorch_transforms_active() else _Fused
+    return function.apply(x, weight, bias, bands, out_dtype)

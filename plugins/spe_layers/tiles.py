@@ -22,12 +22,12 @@ class Tiles:
 # By kernel and products a float is made of (3 for float32, 1 for TF32 and 16 bits), up to 64 features; H100.
 TILES = {
     ("forward", 3): Tiles(64, 128, 4, 3, registers=168),
-    ("forward", 1): Tiles(64, 128, 4, 4, registers=128),
-    ("weight_grad", 3): Tiles(64, 128, 8, 1),
+    ("forward", 1): Tiles(64, 128, 4, 3, registers=168),
+    ("weight_grad", 3): Tiles(64, 128, 8, 2, registers=128),
     ("weight_grad", 1): Tiles(64, 128, 8, 2, registers=128),
     ("coordinate_grad", 3): Tiles(64, 64, 4),
-    ("coordinate_grad", 1): Tiles(64, 64, 4),
-    ("stack", 1): Tiles(128, 256, 8),
+    ("coordinate_grad", 1): Tiles(64, 64, 4, registers=168),
+    ("stack", 1): Tiles(64, 256, 4),
 }
 
 # For more features, or less shared memory: no kernel needs more than 96 KiB with these.

@@ -174,6 +174,15 @@ def test_sp07_double_backward_through_the_fused_op():
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
 
 
+def test_sp07_gradients_of_torch_func_equal_the_twin():
+    layer, x = SPE(2, 8, 3), torch.rand(5, 2)
+    slopes = []
+    for backend in ("eager", "triton"):
+        layer.backend = backend
+        slopes.append(torch.func.grad(lambda p: layer(p).square().sum())(x).detach())
+    torch.testing.assert_close(*slopes)
+
+
 def test_sp15_mask_reaches_the_kernel():
     layer = SPE(3, 8, 2, backend="triton")
     x = torch.rand(9, 3)

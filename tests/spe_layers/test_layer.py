@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from spe_layers import SPE, Bands, spe, spe_linear_relu
+from spe_layers import SPE, Bands, encoding, spe, spe_linear_relu
+from spe_layers.functional import nerf_order_weight
 
 
 def formula(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, bands: int) -> np.ndarray:
@@ -233,3 +236,59 @@ def test_sp24_stack_without_kernels_is_the_two_layers_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = torch.relu(linear(layer(x)))
     assert torch.equal(spe_linear_relu(x, layer, linear), expected)
+
+
+class Devices(TorchDispatchMode):
+    """The devices of all tensors that operators see and return."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        self.seen |= {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize(
+    "bands",
+    [
+        Bands.octaves(4, decay=1.0),
+        Bands.octaves(4, scale=math.pi),
+        Bands.harmonics(4, power=1.0),
+        Bands.spaced(4, 0, 3),
+        Bands.octaves(4, decay=0.5, layout="tcnn"),
+    ],
+)
+def test_sp06_a_forward_copies_nothing_from_the_host(bands):
+    layer = SPE(3, 8, bands, device="meta")
+    x, mask = torch.empty(5, 3, device="meta"), torch.empty(bands.num_groups, device="meta")
+
+    def forward():
+        layer.encode(x, covariance=torch.empty(5, 3, device="meta"), mask=mask)
+        nerf_order_weight(layer.weight, bands, 3, mask)
+
+    forward()
+    with Devices() as devices:
+        forward()
+    assert devices.seen == {"meta"}
+    with Devices() as devices:
+        x + torch.tensor([1.0], device="meta")
+        torch.ones(3).to(x)
+    assert "cpu" in devices.seen
+
+
+def test_sp06_constants_of_inference_and_of_torch_func_serve_training():
+    bands = Bands.octaves(3, scale=2.345, decay=0.75, layout="tcnn")
+    layer, x = SPE(2, 4, bands), torch.rand(6, 2)
+    encoding._kept.cache_clear()
+    with torch.inference_mode():
+        expected = layer(x).clone()
+    found = layer(x.requires_grad_())
+    found.sum().backward()
+    torch.testing.assert_close(found.detach(), expected)
+    encoding._kept.cache_clear()
+    torch.func.vmap(torch.func.grad(lambda p: layer(p).sum()))(x.detach())
+    torch.testing.assert_close(layer(x).detach(), expected)

@@ -358,7 +358,7 @@ def main() -> int:
     if options.rank is None:
         return start(options)
     del sys.argv[-4:]  # the result's command is what started this process's parent
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    torch.set_num_threads(1)  # as torchrun has it: threads of several processes would share cores
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= options.processes
     if on_gpus:
         torch.cuda.set_device(options.rank)

@@ -13,7 +13,6 @@ Writes rl_replay_gear_sharded_gpu.json (or _cpu.json) after every stage.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile

@@ -167,15 +167,18 @@ def jobs(seeds: int, scenes: int) -> list[Job]:
 
 
 def best_rates(found: dict[Job, dict[str, Any]]) -> dict[str, dict[tuple[int, int], float]]:
-    """PSNR by arm and (scene, seed) at the arm's best learning rate, over what every arm has finished."""
-    done = [{job[1:] for job in found if job[0] == arm} for arm in ARMS]
-    common = set.intersection(*done)
-    cells = {(scene, seed) for scene, seed, _ in common if all((scene, seed, r) in common for r in RATES)}
+    """PSNR by arm and (scene, seed) at the arm's best learning rate, over what all that ran have done."""
+    arms = [arm for arm in ARMS if any(job[0] == arm for job in found)]
+    if not arms:
+        return {}
+    common = set.intersection(*({job[1:] for job in found if job[0] == arm} for arm in arms))
+    rates = [rate for rate in RATES if any(rate == job[2] for job in common)]
+    cells = sorted({cell[:2] for cell in common if all((*cell[:2], rate) in common for rate in rates)})
     if not cells:
         return {}
     table = {}
-    for arm in ARMS:
-        by_rate = [{c: found[arm, *c, r]["psnr"] for c in sorted(cells)} for r in RATES]
+    for arm in arms:
+        by_rate = [{cell: found[arm, *cell, rate]["psnr"] for cell in cells} for rate in rates]
         table[arm] = max(by_rate, key=lambda values: statistics.mean(values.values()))
     return table
 
@@ -185,7 +188,7 @@ def headline(found: dict[Job, dict[str, Any]]) -> list[Headline]:
     table = best_rates(found)
     rows = [
         Headline(f"test PSNR: {arm}", statistics.mean(v.values()), "dB", min(v.values()), max(v.values()),
-                 note=f"{len(v)} scenes x seeds, lowest to highest")
+                 note=f"{len(v)} scene(s) x seed(s), lowest to highest")
         for arm, v in table.items()
     ]  # fmt: skip
     for arm, other in PAIRS:

@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,16 +40,18 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # compiles itself on 
 import numpy as np
 import torch
 from scipy.integrate import trapezoid
+from scipy.stats import binom
 
 from benchmarks.common import RESULTS, Headline, write_result
 from benchmarks.moecap_eval_gpu_engine import ENGINE, MAX_SEQS, MODULE, generate, prompt, time_per_token
 from benchmarks.moecap_eval_gpu_model import write_model
-from moecap_eval import ModelSpec, paired_ratio, s_mbu, step_bytes
+from moecap_eval import ModelSpec, s_mbu, step_bytes
 from moecap_eval.engines import vllm as engine
 from moecap_eval.workload import StepRecord
 
 NAME = "moecap_eval_gpu"
 BATCHES = (1, 8, 32)
+TOKENS = {1: 48, 8: 32, 32: 32}  # of a run: many short runs tell more than few long ones
 # How the parts that are still to do share the seconds that are left.
 WEIGHTS = {"overhead": 6.0, "replay": 1.0, "oracle": 1.0, "bench": 2.0, "energy": 1.0, "dram": 8.0}
 SPIN = "spin_kernel"
@@ -112,11 +114,26 @@ class Bench:
         )
 
 
+class Ratio(NamedTuple):
+    """A median of paired ratios and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def median_ratio(base: list[float], arm: list[float]) -> Ratio:
+    """Of arm over base, from at least six pairs; by the sign test, which stalls hardly move."""
+    ratios = np.sort(np.divide(arm, base))
+    rank = int(binom.ppf(0.025, len(ratios), 0.5))  # the bounds' place, counted from either end
+    return Ratio(float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[-rank]))
+
+
 def overhead(bench: Bench) -> None:
     """Three arms in one engine, in turning order: not recorded, recorded, not recorded again."""
     from moecap_eval.hardware import measure_peaks
 
-    llm, tokens = bench.llm, 96
+    llm = bench.llm
     deadline = bench.deadline("overhead")
     peaks = measure_peaks("cuda", 2.0)
     bench.found["measured_peaks"] = dataclasses.asdict(peaks)
@@ -124,6 +141,7 @@ def overhead(bench: Bench) -> None:
     for position, batch in enumerate(BATCHES):
         share = (deadline - time.perf_counter()) / (len(BATCHES) - position)
         until = time.perf_counter() + share
+        tokens = TOKENS[batch]
         arms = {"off": "off", "on": "on", "off again": "off"}
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         steps: list[StepRecord] = []
@@ -147,8 +165,8 @@ def overhead(bench: Bench) -> None:
 
 def _overhead_rows(bench: Bench, batch: int, seconds: dict[str, list[float]], answers: int) -> None:
     bench.samples |= {f"batch {batch}, seconds per token, {arm}": values for arm, values in seconds.items()}
-    cost = paired_ratio(seconds["off"], seconds["on"])
-    control = paired_ratio(seconds["off"], seconds["off again"])
+    cost = median_ratio(seconds["off"], seconds["on"])
+    control = median_ratio(seconds["off"], seconds["off again"])
     median = 1e3 * statistics.median(seconds["off"])
     bench.headline += [
         Headline(
@@ -176,15 +194,15 @@ def replay(bench: Bench) -> None:
     for batch in BATCHES:
         bench.use("on")
         time_per_token(bench.llm, batch, 16)
-        _replay_rows(bench, batch, bench.llm.collective_rpc("bench_replay", args=(batch, 25))[0])
         engine.drain_steps(bench.llm)
+        _replay_rows(bench, batch, bench.llm.collective_rpc("bench_replay", args=(batch, 25))[0])
 
 
 def _replay_rows(bench: Bench, batch: int, seconds: dict[str, list[float]]) -> None:
     """The device's own time, whatever the host does meanwhile."""
     bench.samples |= {f"batch {batch}, replayed graph, {arm}": values for arm, values in seconds.items()}
     for arm, what in (("ring", "with the ring in its graph"), ("recorded", "recorded")):
-        cost = paired_ratio(seconds["plain"], seconds[arm])
+        cost = median_ratio(seconds["plain"], seconds[arm])
         extra = statistics.median(seconds[arm]) - statistics.median(seconds["plain"])
         bench.headline.append(
             Headline(
@@ -265,8 +283,8 @@ def vllm_bench(bench: Bench) -> None:
     from vllm.benchmarks import throughput
     from vllm.benchmarks.datasets import SampleRequest
 
-    llm, length, tokens = bench.llm, 64, 96
-    prompts = [prompt(number, length) for number in range(2 * MAX_SEQS)]
+    llm, length, tokens = bench.llm, 64, 24
+    prompts = [prompt(number, length) for number in range(MAX_SEQS)]
     requests = [SampleRequest(text, length, tokens) for text in prompts]  # type: ignore[arg-type]
     params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
@@ -292,7 +310,7 @@ def vllm_bench(bench: Bench) -> None:
         turn += 1
     engine.drain_steps(llm)
     bench.samples |= {f"throughput, seconds, {arm}": values for arm, values in seconds.items()}
-    ratio = paired_ratio(seconds["recorded"], seconds["vllm bench"])
+    ratio = median_ratio(seconds["recorded"], seconds["vllm bench"])
     rate = len(prompts) * tokens / statistics.median(seconds["vllm bench"])
     bench.headline.append(
         Headline(

@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class PassCounts:
 
     ``counts`` is int32 ``[layers, experts]``: unpadded (token, expert) pairs. ``loaded`` is int64
     ``[layers]``: distinct experts including those only padding rows use. ``problem`` says why a pass was not
-    recorded whole, None if it was.
+    recorded whole, None if it was. ``note`` is what the pass was announced with.
     """
 
     duration_s: float
@@ -39,6 +40,7 @@ class PassCounts:
     loaded: np.ndarray
     distinct_tokens: int
     problem: str | None = None
+    note: Any = None
 
 
 class PassCounters:
@@ -85,9 +87,10 @@ class PassCounters:
         self._active = False
         self._graph_sizes: list[int] = []
         self._rows: list[int] = []  # unpadded, of each pass in the ring
+        self._notes: list[Any] = []  # of the same passes: whoever drains one gets its note with it
         self._filled = 0  # rows of the ring in use, by the host's account
         self._reckoned = 0  # of these, for the current pass
-        self._chunks: list[tuple[int, int]] = []
+        self._chunks: list[tuple[list[Any], int]] = []
         self._lane = CudaLane(device) if device.type == "cuda" else HostLane()
 
     def capture(self, slot: int) -> Callable[[Tensor], None]:
@@ -162,17 +165,20 @@ class PassCounters:
             return torch.cat((ids, self._nobody[ids.shape[0] : rows]))
         return ids if ids.shape[0] == rows else ids[:rows]
 
-    def begin(self, rows: int) -> None:
+    def begin(self, rows: int, note: Any = None) -> None:
         """Announce a pass of ``rows`` unpadded rows and start the clock.
 
-        Expert ids outside a pass (dummy runs) are not kept.
+        Its ``PassCounts`` carry ``note``. Expert ids outside a pass (dummy runs) are not kept.
         """
+        if self._active:
+            self.end()  # the pass before raised
         needed = self._padded(rows)
         if len(self._rows) == _CHUNK_PASSES or self._filled + needed > self._capacity - 1:
             self.flush()
         if not self._rows:
             self._positions.copy_(self._origin)  # graphs may have been replayed outside of passes
         self._rows.append(rows)
+        self._notes.append(note)
         self._filled += needed
         self._reckoned = needed
         self._start_pass()
@@ -184,7 +190,9 @@ class PassCounters:
         return self._graph_sizes[place] if place < len(self._graph_sizes) else max(rows, 1)
 
     def end(self) -> None:
-        """Stop the clock."""
+        """Stop the clock; without effect if no pass runs."""
+        if not self._active:
+            return
         self._lane.end()
         self._active = False
         rows = self._rows[-1]
@@ -198,25 +206,27 @@ class PassCounters:
         self._filled += max(0, self._appended - self._reckoned)
 
     def flush(self) -> None:
-        """Count what is in the ring, beside what the device does next, and begin anew."""
-        if not self._rows:
+        """Count what is in the ring, beside what the device does next, and begin anew; not within a pass."""
+        if self._active or not self._rows:
             return
         rows, filled = self._rows, self._filled
         entries, end = self._ring[:, :filled].clone(), self._positions[:1].clone()
         self._lane.run(lambda: self._count(entries, end, rows), len(rows))
-        self._chunks.append((len(rows), filled))
-        self._rows, self._filled = [], 0
+        self._chunks.append((self._notes, filled))
+        self._rows, self._notes, self._filled = [], [], 0
 
     def _count(self, entries: Tensor, end: Tensor, rows: list[int]) -> Tensor:
         used = torch.tensor(rows, dtype=torch.int32, pin_memory=entries.is_cuda)
         return count_passes(entries, end, used.to(entries.device, non_blocking=True), self._num_experts)
 
     def drain(self) -> list[PassCounts]:
-        """Passes that ended since the last call, in order; waits for those still running."""
+        """Passes since the last call, in order; waits for the device, and closes a pass that raised."""
+        self.end()
         self.flush()
         chunks, self._chunks = self._chunks, []
         found: list[PassCounts] = []
-        for (passes, filled), (seconds, values) in zip(chunks, self._lane.take(), strict=True):
+        for (notes, filled), (seconds, values) in zip(chunks, self._lane.take(), strict=True):
+            passes = len(notes)
             recorded, end = int(values[-2]), int(values[-1])
             pairs = self._num_layers * self._num_experts
             for number, one in enumerate(values[:-2].reshape(passes, -1)):
@@ -227,6 +237,7 @@ class PassCounters:
                         loaded=one[pairs:-1].astype(np.int64),
                         distinct_tokens=int(one[-1]),
                         problem=_problem(number, passes, recorded, end > filled, self._capacity),
+                        note=notes[number],
                     )
                 )
         return found

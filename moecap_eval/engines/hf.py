@@ -87,7 +87,6 @@ class _Passes:
             device=model.device,
         )
         self._order: Tensor | None = None  # rows of the pass, those of padding last
-        self._pending: list[Announced] = []
         for slot, router in enumerate(routers):
             router.register_forward_hook(self._hook(self._counters.capture(slot)))
 
@@ -116,8 +115,7 @@ class _Passes:
         new = mask[:, -length:].sum(1).tolist()
         names = [str(number) for number in range(len(new))]
         tokens, computed = dict(zip(names, new, strict=True)), list(zip(names, past, strict=True))
-        self._pending.append(Announced(sum(new), tokens, computed))
-        self._counters.begin(sum(new))
+        self._counters.begin(sum(new), Announced(sum(new), tokens, computed))
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
         output = self._model(
             input_ids=rows,
@@ -133,12 +131,11 @@ class _Passes:
         return chosen
 
     def drain(self) -> list[StepRecord]:
-        pending, self._pending = self._pending, []
         return [
             StepRecord(
-                **step_fields(PassShape.of(announced, self._windows), counts, self._layer_ids, self._top_k)
+                **step_fields(PassShape.of(counts.note, self._windows), counts, self._layer_ids, self._top_k)
             )
-            for announced, counts in zip(pending, self._counters.drain(), strict=True)
+            for counts in self._counters.drain()
         ]
 
 

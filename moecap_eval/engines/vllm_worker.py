@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,15 @@ class _ProfilingMixin:
         return sum(storage.nbytes() for storage in storages.values())
 
 
+@dataclass(slots=True)
+class _Pass:
+    """What the host knows of a pass, kept beside what the device counts of it."""
+
+    announced: Announced
+    moved: dict[str, int] = field(default_factory=dict)
+    accepted: int | None = None
+
+
 class _Recorder:
     """The passes of one worker: pairs what the scheduler announced with what the device counted."""
 
@@ -135,8 +145,7 @@ class _Recorder:
         self._bind()
         self._moved_bytes: Callable[[], dict[str, int]] | None = None
         self._record_routing = False
-        self._current: Announced | None = None
-        self._pending: list[tuple[Announced, dict[str, int], int | None]] = []
+        self._current: _Pass | None = None
         self._steps: list[dict[str, Any]] = []
         self._routing: tuple[list[np.ndarray], list[int]] = ([], [])
         self._checked = False
@@ -157,8 +166,8 @@ class _Recorder:
     def begin(self, announced: Announced) -> None:
         if not self._checked:
             self._check_still_bound()
-        self._current = announced
-        self._counters.begin(announced.rows)
+        self._current = _Pass(announced)
+        self._counters.begin(announced.rows, self._current)
 
     def flush(self) -> None:
         """Count what was recorded so far: graphs that run outside of passes write where it lies."""
@@ -181,9 +190,10 @@ class _Recorder:
         if self._current is None:
             return
         self._counters.end()
-        moved = dict(self._moved_bytes()) if self._moved_bytes else {}
-        accepted = _accepted_tokens(output) if self._speculates else None
-        self._pending.append((self._current, moved, accepted))
+        if self._moved_bytes:
+            self._current.moved = dict(self._moved_bytes())
+        if self._speculates:
+            self._current.accepted = _accepted_tokens(output)
         self._current = None
 
     def drain(self) -> list[dict[str, Any]]:
@@ -197,11 +207,11 @@ class _Recorder:
         return routing
 
     def _collect(self) -> None:
-        pending, self._pending = self._pending, []
-        for (announced, moved, accepted), counts in zip(pending, self._counters.drain(), strict=True):
-            shape = PassShape.of(announced, self.windows)
+        for counts in self._counters.drain():
+            noted: _Pass = counts.note
+            shape = PassShape.of(noted.announced, self.windows)
             fields = step_fields(shape, counts, self._layer_ids, self._top_k)
-            self._steps.append({**fields, "moved_bytes": moved, "accepted_tokens": accepted})
+            self._steps.append({**fields, "moved_bytes": noted.moved, "accepted_tokens": noted.accepted})
             if self._record_routing:
                 self._routing[0].append(counts.counts)
                 self._routing[1].append(shape.tokens)

@@ -115,6 +115,27 @@ def test_cap08_a_layer_that_did_not_run_is_a_hole() -> None:
     assert totals == [[4, 4], [2, 0], [0, 2], [0, 0]]
 
 
+def test_cap08_each_pass_keeps_its_note_whoever_drains_and_whatever_raised() -> None:
+    """A recorder that paired its own list with what it drained died when anything else had drained."""
+    bench = Bench()
+    ids, tokens = np.array([[[0, 1], [2, 3]]] * LAYERS), np.array([1, 2])
+    bench.counters.begin(2, "drained elsewhere")
+    bench.counters.end()
+    assert [got.note for got in bench.counters.drain()] == ["drained elsewhere"]
+    for note in ("raised, another follows", "raised, a drain follows"):
+        bench.run(ids, tokens)
+        bench.counters.begin(2, note)
+        bench.counters.capture(0)(torch.from_numpy(ids[0]).int())  # and then the model raises
+        bench.counters.flush()  # a dummy batch of another rank
+    found = bench.counters.drain()
+    bench.counters.end()
+    assert bench.counters.drain() == []
+    assert [got.note for got in found] == [None, "raised, another follows", None, "raised, a drain follows"]
+    check(found[0], ids, tokens, 2)
+    check(found[2], ids, tokens, 2)
+    assert [got.counts.sum(axis=1).tolist() for got in found[1::2]] == [[4, 0], [4, 0]]
+
+
 def test_cap08_ids_outside_a_pass_are_not_kept() -> None:
     bench = Bench()
     bench.counters.capture(0)(torch.tensor([[0, 1]], dtype=torch.int32))

@@ -19,6 +19,15 @@ import yaml
 
 Command = Callable[[argparse.Namespace], int]
 
+_EXAMPLES = """examples:
+  moecap run examples/synthetic.yaml              a first run, in seconds and without any framework
+  moecap run CONFIG --set compare.blocks=12       the same config with more blocks
+  moecap doctor CONFIG                            can this machine run it, and what is missing
+  moecap report moecap_out/NAME                   the HTML report again, from the records
+  moecap plan MODEL --tpot 0.02 --batch 8         machines that give a token every 20 ms
+  moecap gate moecap_out/NAME --against EARLIER   exit code 1 if an arm got worse
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2, without a traceback."""
@@ -45,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
-        prog="moecap", description="Cost, accuracy and performance, compared fairly."
+        prog="moecap",
+        description="Cost, accuracy and performance, compared fairly.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

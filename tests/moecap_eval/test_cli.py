@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moecap_eval.cli import main
+from moecap_eval.cli import build_parser, main
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_runs import config_data, moecap, write_config
@@ -35,6 +35,13 @@ def one_line(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr
     return lines[0]
+
+
+def test_cap01_every_example_of_the_help_is_a_command() -> None:
+    parser = build_parser()
+    examples = [line for line in parser.format_help().splitlines() if line.startswith("  moecap ")]
+    names = [parser.parse_args(line.split("   ")[0].split()[1:]).command.__name__ for line in examples]
+    assert names == ["_run", "_run", "_doctor", "_report", "_plan", "_gate"]
 
 
 def bad(folder: Path, path: str, value: object) -> Path:

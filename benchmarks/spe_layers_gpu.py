@@ -434,8 +434,11 @@ def speed(mode: str, deadline: float, rounds: int, points: int) -> dict[str, Any
     return {"tables": tables, "memory": memory, "output_bytes": written, "samples_ms": samples}
 
 
-def small_batches(rounds: int) -> dict[str, Any]:
-    """Forward, and forward + backward, of small batches: called from Python, and replayed as a CUDA graph."""
+def small_batches(rounds: int, folder: Path) -> None:
+    """Forward, and forward + backward, of small batches: called from Python, and replayed as a CUDA graph.
+
+    The result is written after each case.
+    """
     torch.compiler.reset()
     torch.set_float32_matmul_precision("highest")
     layer = SPE(DIMS, UNITS, BANDS, init="uniform", device=DEVICE)
@@ -448,11 +451,11 @@ def small_batches(rounds: int) -> dict[str, Any]:
     methods: dict[str, Callable[..., torch.Tensor]] = {
         "reference loop": reference_layer,
         "vectorised": twin,
-        "compile(vectorised)": torch.compile(twin, dynamic=True),
+        "compile(vectorised)": torch.compile(twin),
         "fused": lambda p, w, b: spe(p, w, b, BANDS, backend="triton"),
     }
     found: dict[str, Any] = {}
-    for points in (4096, SMALL):
+    for points in (SMALL, 4096):
         x = torch.rand(points, DIMS, device=DEVICE) * 2 - 1
         grad = torch.randn(points, UNITS, device=DEVICE)
 
@@ -479,7 +482,7 @@ def small_batches(rounds: int) -> dict[str, Any]:
                 table = summarise(samples)
                 found[f"{points:,} points, {kind}, {how}"] = {"table": table, "samples_ms": samples}
                 print(points, kind, how, {n: row["median_ms"] for n, row in table.items()}, flush=True)
-    return found
+                write_small(found, folder)
 
 
 def as_graph(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -674,7 +677,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.small:
-        write_small(small_batches(arguments.rounds), arguments.out)
+        small_batches(arguments.rounds, arguments.out)
         return 0
     start = time.time()
     report: dict[str, Any] = {

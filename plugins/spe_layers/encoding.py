@@ -26,7 +26,7 @@ def coordinate_dtype(x: Tensor, bands: Bands) -> torch.dtype:
     """
     if not x.is_floating_point():
         raise TypeError(f"coordinates must be floating point, got {x.dtype}; pass x.float()")
-    fastest = bands.scale * max(bands.multipliers, default=0.0)
+    fastest = bands.scale * max(bands.multipliers or (0.0,))  # torch.compile does not know max's default
     if fastest > LARGEST_RATE:
         raise ValueError(
             f"bands reach {fastest:.3g} rad per coordinate unit, where float32 phases overflow: "
